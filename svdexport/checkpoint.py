@@ -1,0 +1,149 @@
+"""The compressed checkpoint folder: what ``compress`` writes and every exporter reads.
+
+An ordinary Hugging Face folder. ``config.json`` carries ``quantization_config`` with
+``quant_method: svdexport`` and, per compressed linear, its rank and the name of the linear that
+holds the (possibly shared) first factor. Tensors: ``<leader>.lr_a.weight`` (k, n),
+``<member>.lr_b.weight`` (m, k), ``<member>.bias``. A dense folder opens the same way, without pairs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svdexport.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from svdexport.core.lowrank import FactorPair
+
+QUANT_METHOD = "svdexport"
+FORMAT_VERSION = 1
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """Rank of a compressed linear and the linear (leader) under whose name A is stored."""
+
+    rank: int
+    group: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder, opened by its headers; tensors are read one at a time.
+
+    Attributes:
+        path: the folder.
+        config: its config.json.
+        low_rank: compressed linears by module name; empty for a dense folder.
+        files: tensor name -> safetensors file that holds it.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    low_rank: dict[str, PairSpec]
+    files: dict[str, Path]
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Open a folder. Raises InputError where config.json or the weights are missing or odd."""
+        path = Path(path)
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no config.json: not a Hugging Face model folder") from None
+        except (ValueError, OSError) as error:
+            raise InputError(f"{path}/config.json: cannot be read ({error})") from None
+        return cls(path, config, _low_rank_of(path, config), _tensor_files(path))
+
+    def names(self) -> list[str]:
+        return sorted(self.files)
+
+    def has(self, name: str) -> bool:
+        return name in self.files
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in the dtype it is stored in."""
+        from safetensors import safe_open
+
+        if name not in self.files:
+            raise InputError(f"{self.path}: tensor {name} is missing")
+        with safe_open(self.files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def pair(self, linear: str) -> FactorPair:
+        """The pair of a compressed linear, A taken from its group's leader."""
+        from svdexport.core.lowrank import FactorPair
+
+        spec = self.low_rank[linear]
+        return FactorPair(
+            self.tensor(f"{spec.group}.lr_a.weight"), self.tensor(f"{linear}.lr_b.weight")
+        )
+
+    def groups(self) -> dict[str, list[str]]:
+        """Leader -> members (the leader among them), in the order of the config."""
+        groups: dict[str, list[str]] = {}
+        for name, spec in self.low_rank.items():
+            groups.setdefault(spec.group, []).append(name)
+        return groups
+
+    def iter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.names():
+            yield name, self.tensor(name)
+
+
+def low_rank_config(low_rank: dict[str, PairSpec]) -> dict[str, Any]:
+    """The ``quantization_config`` that describes the given pairs."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": FORMAT_VERSION,
+        "low_rank": {
+            name: {"rank": spec.rank, "group": spec.group} for name, spec in low_rank.items()
+        },
+    }
+
+
+def _low_rank_of(path: Path, config: dict[str, Any]) -> dict[str, PairSpec]:
+    section = config.get("quantization_config")
+    if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
+        return {}
+    if section.get("version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path}/config.json: low-rank format version {section.get('version')!r}; "
+            f"this svdexport reads version {FORMAT_VERSION}"
+        )
+    try:
+        return {
+            str(name): PairSpec(int(entry["rank"]), str(entry["group"]))
+            for name, entry in section["low_rank"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InputError(f"{path}/config.json: quantization_config.low_rank is malformed") from None
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    index = path / INDEX_NAME
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {str(name): path / str(file) for name, file in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{index}: not a safetensors index") from None
+    single = path / SINGLE_NAME
+    if not single.exists():
+        raise InputError(f"{path}: no {SINGLE_NAME} and no {INDEX_NAME}; only safetensors are read")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    except SafetensorError as error:
+        raise InputError(f"{single}: not a readable safetensors file ({error})") from None

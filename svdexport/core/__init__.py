@@ -1,0 +1,1 @@
+"""Mathematics only: tensors in, tensors out; no files, no transformers."""

