@@ -1,6 +1,8 @@
-"""What a measurement of an artifact says: plain frozen dataclasses that `verify` fills and `report` shows.
+"""What a measurement of an artifact says: plain frozen dataclasses that `verify` fills and
+`report` shows.
 
-All fields are JSON-ready (numbers, strings, tuples, dictionaries), and their names are the keys of `--json`.
+All fields are JSON-ready (numbers, strings, tuples, dictionaries), and their names are the keys
+of `--json`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ GateKind = Literal["integrity", "quality", "speed", "size"]
 
 @dataclass(frozen=True)
 class Spread:
-    """How far a figure can be trusted: standard error and 95 % interval, by bootstrap over windows."""
+    """How far a figure can be trusted: standard error and 95 % interval, by bootstrap over
+    windows.
+    """
 
     stderr: float
     low: float
@@ -36,10 +40,11 @@ class Generation:
 class Quality:
     """Quality of one artifact on one text.
 
-    `perplexity` is exp of the mean negative log likelihood (nats) of positions 1..T-1 of every window. The figures
-    against a reference are None where there was no reference: `mean_kld` and `kld_p999` are KL(reference || artifact)
-    in nats, mean and 99.9 % quantile over positions; `same_top` is the share of positions whose most likely token is the
-    reference's; `perplexity_ratio` is paired, window by window, with the reference on the same tokens.
+    `perplexity` is exp of the mean negative log likelihood (nats) of positions 1..T-1 of every
+    window. The figures against a reference are None where there was no reference: `mean_kld` and
+    `kld_p999` are KL(reference || artifact) in nats, mean and 99.9 % quantile over positions;
+    `same_top` is the share of positions whose most likely token is the reference's;
+    `perplexity_ratio` is paired, window by window, with the reference on the same tokens.
     `spreads` holds the error of each figure under the figure's name.
     """
 
@@ -59,11 +64,13 @@ class Quality:
 
 @dataclass(frozen=True)
 class Parity:
-    """Logits of a written file in its runtime against torch holding the values read back from that file.
+    """Logits of a written file in its runtime against torch holding the values read back from
+    that file.
 
-    `top1_agreement` is a share of positions, `max_abs_diff` and `mean_abs_diff` are in logits, `spread` is the standard
-    deviation of the reference's logits, `relative` is the root mean square difference over `spread`.
-    `problems` says which tolerance was missed; empty means the file passed.
+    `top1_agreement` is a share of positions, `max_abs_diff` and `mean_abs_diff` are in logits,
+    `spread` is the standard deviation of the reference's logits, `relative` is the root mean
+    square difference over `spread`. `problems` says which tolerance was missed; empty means the
+    file passed.
     """
 
     top1_agreement: float
@@ -83,7 +90,9 @@ class Parity:
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """How speed is measured: `prefill` are prompt lengths in tokens, `decode` the number of single-token steps."""
+    """How speed is measured: `prefill` are prompt lengths in tokens, `decode` the number of
+    single-token steps.
+    """
 
     threads: int
     rounds: int = 9
@@ -94,10 +103,12 @@ class SpeedSettings:
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed call. Times in seconds; CPU times are summed over the cores this process may run on.
+    """One timed call. Times in seconds; CPU times are summed over the cores this process may run
+    on.
 
-    `own_cpu`: this process. `other_cpu`: everything else on those cores, as busy time of the cores less our own.
-    `steal`: time the hypervisor gave to others. `preempted`: involuntary context switches of this process.
+    `own_cpu`: this process. `other_cpu`: everything else on those cores, as busy time of the
+    cores less our own. `steal`: time the hypervisor gave to others. `preempted`: involuntary
+    context switches of this process.
     """
 
     seconds: float
@@ -111,7 +122,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Baseline's seconds over the artifact's, taken round by round: median and 95 % bootstrap interval of the median."""
+    """Baseline's seconds over the artifact's, taken round by round: median and 95 % bootstrap
+    interval of the median.
+    """
 
     median: float
     low: float
@@ -120,7 +133,9 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Timing:
-    """One metric (a prefill length, or decode) of one artifact; `tps` is tokens over the median of the quiet samples."""
+    """One metric (a prefill length, or decode) of one artifact; `tps` is tokens over the median
+    of the quiet samples.
+    """
 
     metric: str
     tokens: int
@@ -133,7 +148,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class ArtifactSpeed:
-    """Speed of one artifact. The headline `prefill_*` figures are those of the longest prompt; all are in `timings`.
+    """Speed of one artifact. The headline `prefill_*` figures are those of the longest prompt;
+    all are in `timings`.
 
     The baseline has no speedups and no verdict.
     """
@@ -152,7 +168,9 @@ class ArtifactSpeed:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """What `bench` prints: the baseline first, then each candidate; `verdict` is the worst of the candidates'."""
+    """What `bench` prints: the baseline first, then each candidate; `verdict` is the worst of the
+    candidates'.
+    """
 
     artifacts: tuple[ArtifactSpeed, ...]
     verdict: SpeedWord
@@ -162,10 +180,27 @@ class SpeedReport:
 
 
 @dataclass(frozen=True)
-class GateResult:
-    """One gate. `limit` and `value` have the unit of the gate; `value` is the pessimistic end of what was measured.
+class Measured:
+    """What the gates judge: one compressed artifact; a part that was not measured is None.
 
-    `inconclusive` means that the machine was too noisy for `passed` (then false) to mean anything.
+    `round_trip` is None where it was not checked; empty where every tensor reads back as meant.
+    """
+
+    path: str
+    bytes: int
+    quality: Quality | None = None
+    speed: ArtifactSpeed | None = None
+    parity: Parity | None = None
+    round_trip: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate. `limit` and `value` have the unit of the gate; `value` is the pessimistic end of
+    what was measured.
+
+    `inconclusive` means that the machine was too noisy for `passed` (then false) to mean
+    anything.
     """
 
     name: str
@@ -180,7 +215,9 @@ class GateResult:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer of a run: `exit_code` is 0 (pass), 3, 4, 5 (fail) or 7 (inconclusive); `reasons` are sentences."""
+    """The answer of a run: `exit_code` is 0 (pass), 3, 4, 5 (fail) or 7 (inconclusive); `reasons`
+    are sentences.
+    """
 
     word: VerdictWord
     exit_code: int

@@ -1,7 +1,9 @@
-"""`RunResult`: everything a run found out, in one frozen dataclass from which every report is made.
+"""`RunResult`: everything a run found out, in one frozen dataclass from which every report is
+made.
 
-The pipeline fills it once, at the end; `manifest.json`, the model card, the HTML and Markdown reports and the table in the
-terminal read it and nothing else. It survives a trip through JSON unchanged.
+The pipeline fills it once, at the end; `manifest.json`, the model card, the HTML and Markdown
+reports and the table in the terminal read it and nothing else. It survives a trip through JSON
+unchanged.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from functools import lru_cache
 from pathlib import PurePath
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from svdexport.core.measures import ArtifactSpeed, GateResult, Parity, Quality, Verdict
 
@@ -23,10 +25,11 @@ SCHEMA_VERSION = 1
 class PlanRow:
     """What became of one linear layer.
 
-    `rank` is None where it stayed dense, and then `reason` says why. `layer` is the index of its decoder block (None
-    outside of them), `shape` is (n_out, n_in), `params` counts the parameters it has now (a shared A is counted with its
-    leader). `predicted_error` is the allocator's predicted loss, `relative_error` the relative error of the layer's output
-    on the calibration text, ||W X - B A X|| / ||W X||.
+    `rank` is None where it stayed dense, and then `reason` says why. `layer` is the index of its
+    decoder block (None outside of them), `shape` is (n_out, n_in), `params` counts the parameters
+    it has now (a shared A is counted with its leader). `predicted_error` is the allocator's
+    predicted loss, `relative_error` the relative error of the layer's output on the calibration
+    text, ||W X - B A X|| / ||W X||.
     """
 
     name: str
@@ -55,10 +58,12 @@ class TensorHash:
 class ArtifactResult:
     """One written artifact and what was measured on it.
 
-    `path` is relative to the output folder, with forward slashes. `role`: "compressed" is what the run is about; "dense" is its
-    twin of the same format and type, the baseline; "plain" is a plainly quantised file of like size. `files` maps each file
-    (relative to the output folder) to its sha256, `tensors` each tensor of the file. `round_trip` lists problems: empty is good.
-    `kept` is false for an artifact that was only measured and is not in the output folder (a baseline).
+    `path` is relative to the output folder, with forward slashes. `role`: "compressed" is what
+    the run is about; "dense" is its twin of the same format and type, the baseline; "plain" is a
+    plainly quantised file of like size. `files` maps each file (relative to the output folder) to
+    its sha256, `tensors` each tensor of the file. `round_trip` lists problems: empty is good.
+    `kept` is false for an artifact that was only measured and is not in the output folder (a
+    baseline).
     """
 
     path: str
@@ -83,7 +88,9 @@ class ArtifactResult:
 
 @dataclass(frozen=True)
 class StageTime:
-    """Wall-clock seconds of a stage; `resumed` where the stage was taken from an earlier, interrupted run."""
+    """Wall-clock seconds of a stage; `resumed` where the stage was taken from an earlier,
+    interrupted run.
+    """
 
     name: str
     seconds: float
@@ -92,7 +99,9 @@ class StageTime:
 
 @dataclass(frozen=True)
 class SourceModel:
-    """Where the weights come from. `files` maps file names to sha256. `license` is an SPDX name, or "" where unknown."""
+    """Where the weights come from. `files` maps file names to sha256. `license` is an SPDX name,
+    or "" where unknown.
+    """
 
     name: str
     architecture: str
@@ -104,8 +113,9 @@ class SourceModel:
 
 @dataclass(frozen=True)
 class RunResult:
-    """See the module. `created` is UTC in ISO 8601; `recipe` is the recipe as used, with all defaults; `recipe_text` the
-    file as the user wrote it; `overrides` the `--set key=value` arguments; `command` the whole command line."""
+    """See the module. `created` is UTC in ISO 8601; `recipe` is the recipe as used, with all
+    defaults; `recipe_text` the file as the user wrote it; `overrides` the `--set key=value`
+    arguments; `command` the whole command line."""
 
     name: str
     created: str
@@ -129,11 +139,17 @@ class RunResult:
     schema: int = SCHEMA_VERSION
 
     def baseline_of(self, artifact: ArtifactResult) -> ArtifactResult | None:
-        """The dense twin: same format, type and runtime; None for a dense artifact or where there is none."""
+        """The dense twin: same format, type and runtime; None for a dense artifact or where there
+        is none.
+        """
         if artifact.role == "dense":
             return None
         for other in self.artifacts:
-            same = (other.format, other.type, other.runtime) == (artifact.format, artifact.type, artifact.runtime)
+            same = (other.format, other.type, other.runtime) == (
+                artifact.format,
+                artifact.type,
+                artifact.runtime,
+            )
             if other.role == "dense" and same:
                 return other
         return None
@@ -141,7 +157,7 @@ class RunResult:
 
 @lru_cache(maxsize=1)
 def _adapter() -> TypeAdapter[RunResult]:
-    return TypeAdapter(RunResult, config=ConfigDict(strict=False))
+    return TypeAdapter(RunResult)
 
 
 def to_dict(result: RunResult) -> dict[str, Any]:
@@ -152,7 +168,9 @@ def to_dict(result: RunResult) -> dict[str, Any]:
 
 
 def to_json(result: RunResult) -> str:
-    """Deterministic JSON. Raises ValueError where a figure is not finite: such a figure must not be announced."""
+    """Deterministic JSON. Raises ValueError where a figure is not finite: such a figure must not
+    be announced.
+    """
     return json.dumps(to_dict(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -160,7 +178,9 @@ def from_dict(data: Any) -> RunResult:
     """The inverse of `to_dict`. Raises ValueError with the first offending key."""
     version = data.get("schema") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
-        raise ValueError(f"schema {version!r} is not {SCHEMA_VERSION}, the only one this version reads")
+        raise ValueError(
+            f"schema {version!r} is not {SCHEMA_VERSION}, the only one this version reads"
+        )
     try:
         return _adapter().validate_python(data)
     except ValidationError as error:
