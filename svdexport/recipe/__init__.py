@@ -1,0 +1,47 @@
+"""Recipes: what a run does, as one strict YAML file."""
+
+from svdexport.recipe.load import (
+    canonical_json,
+    did_you_mean,
+    json_schema,
+    load_recipe,
+    recipe_hash,
+    validate,
+)
+from svdexport.recipe.schema import (
+    Budget,
+    Calibration,
+    CheckpointExport,
+    Compress,
+    Evaluate,
+    Export,
+    Gates,
+    GgufExport,
+    Model,
+    OnnxExport,
+    Recipe,
+    Speed,
+    parse_bytes,
+)
+
+__all__ = [
+    "Budget",
+    "Calibration",
+    "CheckpointExport",
+    "Compress",
+    "Evaluate",
+    "Export",
+    "Gates",
+    "GgufExport",
+    "Model",
+    "OnnxExport",
+    "Recipe",
+    "Speed",
+    "canonical_json",
+    "did_you_mean",
+    "json_schema",
+    "load_recipe",
+    "parse_bytes",
+    "recipe_hash",
+    "validate",
+]

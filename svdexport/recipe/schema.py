@@ -1,0 +1,251 @@
+"""The keys of a recipe, as strict and frozen pydantic models.
+
+A key exists here only where the code reads it. Sizes are bytes, lengths are tokens. ``param_ratio``
+is the share of the factorised linears' parameters that is KEPT (papers quote kept or removed).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+_SIZE = re.compile(r"^([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]?B|[KMG]iB)$", re.IGNORECASE)
+
+
+def parse_bytes(value: Any) -> Any:
+    """Bytes of ``60MB`` (1 MB = 10**6) or ``60MiB`` (2**20); anything but text is left as it is."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.match(value.strip())
+    if match is None:
+        raise ValueError(f"{value[:40]!r} is not a size; write bytes, or for example 60MB")
+    return round(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _resolve_path(value: Any, info: ValidationInfo) -> Any:
+    """A path relative to the recipe's folder; ``~`` is the home folder."""
+    if isinstance(value, str):
+        if not value or "\0" in value:
+            raise ValueError("an empty or malformed path")
+        base = (info.context or {}).get("base")
+        try:
+            path = Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError(f"{value[:80]!r}: no such home folder") from None
+        return path if base is None else base / path
+    return value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_pattern(value: str) -> str:
+    if value.startswith("re:"):
+        try:
+            re.compile(value[3:])
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{value[:80]!r} is not a regular expression ({error})") from None
+    elif not re.fullmatch(r"[\w.-]+", value):
+        raise ValueError(
+            f"{value[:80]!r} is not a module name; for a regular expression write 're:...'"
+        )
+    return value
+
+
+RecipePath: TypeAlias = Annotated[
+    Path,
+    BeforeValidator(_resolve_path),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "description": "relative to the recipe's folder"}),
+]
+Bytes: TypeAlias = Annotated[
+    int,
+    BeforeValidator(parse_bytes),
+    Field(gt=0),
+    WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string"}]}),
+]
+Pattern: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000)]
+Count: TypeAlias = Annotated[int, Field(ge=1, le=10**9)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Model(_Section):
+    """The model: a Hugging Face folder, or a GGUF file."""
+
+    path: RecipePath | None = None
+    gguf: RecipePath | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        if (self.path is None) == (self.gguf is None):
+            raise ValueError("give exactly one of path (a model folder) and gguf (a file)")
+        return self
+
+
+class Calibration(_Section):
+    """Text that moments are taken over; ``self`` is text that the model itself writes."""
+
+    source: Literal["self", "file", "dataset"] = "self"
+    file: RecipePath | None = None
+    dataset: RecipePath | None = Field(
+        default=None, description="a folder that the datasets package can load"
+    )
+    split: str = Field(default="train", min_length=1, max_length=200)
+    column: str = Field(default="text", min_length=1, max_length=200)
+    samples: int = Field(default=64, ge=1, le=10**6)
+    length: int = Field(default=512, ge=8, le=10**6)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    batch: int = Field(default=8, ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _source_given(self) -> Calibration:
+        for name in ("file", "dataset"):
+            given = getattr(self, name) is not None
+            if self.source == name and not given:
+                raise ValueError(f"source is {name}, so {name} must say which")
+            if self.source != name and given:
+                raise ValueError(f"{name} is given but source is {self.source}; set source: {name}")
+        return self
+
+
+class Budget(_Section):
+    """How much to keep."""
+
+    param_ratio: float = Field(
+        gt=0, le=1, description="kept share of the parameters of the factorised linears"
+    )
+
+
+class Compress(_Section):
+    """What is factorised, how, and how the budget is shared out."""
+
+    method: Literal["svd", "svd_llm", "kfac_svd"] = "kfac_svd"
+    group: bool = Field(default=True, description="linears that share an input share one A")
+    targets: Annotated[tuple[Pattern, ...], BeforeValidator(_as_tuple)] = Field(
+        default=("re:.*",), min_length=1, max_length=1000
+    )
+    ignore: Annotated[tuple[Pattern, ...], BeforeValidator(_as_tuple)] = Field(
+        default=("lm_head",), max_length=1000
+    )
+    budget: Budget
+    allocate: Literal["uniform", "greedy"] = "greedy"
+    rank_multiple: int = Field(default=32, ge=1, le=4096)
+    damping: float = Field(
+        default=0.1,
+        ge=0,
+        le=10,
+        description="added to the moments, as a share of their mean eigenvalue",
+    )
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_check_pattern(pattern) for pattern in value)
+
+
+class GgufExport(_Section):
+    """A GGUF file; ``type`` is that of the linears' weights, factors included."""
+
+    format: Literal["gguf"] = "gguf"
+    type: Literal["F32", "F16", "Q8_0", "Q4_0"] = "Q8_0"
+
+
+class OnnxExport(_Section):
+    """An onnxruntime-genai folder."""
+
+    format: Literal["onnx"] = "onnx"
+    precision: Literal["fp32", "int8", "int4"] = "int4"
+    block_size: Literal[16, 32, 64, 128, 256] = 32
+
+
+class CheckpointExport(_Section):
+    """A Hugging Face folder; ``source`` keeps the source model's dtype."""
+
+    format: Literal["checkpoint"] = "checkpoint"
+    dtype: Literal["source", "float32", "float16", "bfloat16"] = "source"
+
+
+Export: TypeAlias = Annotated[
+    GgufExport | OnnxExport | CheckpointExport, Field(discriminator="format")
+]
+
+
+class Evaluate(_Section):
+    """Perplexity and KL divergence: ``windows`` consecutive windows of ``context`` tokens."""
+
+    text: RecipePath | None = Field(
+        default=None, description="without it: held-out text of the model"
+    )
+    context: int = Field(default=512, ge=8, le=10**6)
+    windows: Count = 4
+
+
+class Speed(_Section):
+    """The timing protocol: interleaved rounds, prompts of ``prefill`` tokens, ``decode`` steps."""
+
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    rounds: int = Field(default=9, ge=1, le=1000)
+    prefill: Annotated[tuple[Count, ...], BeforeValidator(_as_tuple)] = Field(
+        default=(128, 512), min_length=1, max_length=16
+    )
+    decode: Count = 64
+
+
+class Gates(_Section):
+    """Limits that a run must keep; one that is left out is not checked."""
+
+    max_perplexity_ratio: float | None = Field(default=None, gt=0)
+    max_mean_kld: float | None = Field(default=None, gt=0)
+    min_same_top: float | None = Field(default=None, gt=0, le=1)
+    min_prefill_speedup: float | None = Field(default=None, gt=0)
+    min_decode_speedup: float | None = Field(default=None, gt=0)
+    max_bytes: Bytes | None = None
+
+
+class Recipe(_Section):
+    """Everything that decides a run."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    model: Model
+    calibration: Calibration = Calibration()
+    compress: Compress
+    export: Annotated[tuple[Export, ...], BeforeValidator(_as_tuple)] = Field(
+        min_length=1, max_length=32
+    )
+    evaluate: Evaluate = Evaluate()
+    speed: Speed = Speed()
+    gates: Gates = Gates()
+
+    # Key path -> path as it was written, so that the hash does not depend on where the recipe lies.
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @field_validator("export")
+    @classmethod
+    def _no_twins(cls, value: tuple[Export, ...]) -> tuple[Export, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("the same export is listed twice; keep one of them")
+        return value
