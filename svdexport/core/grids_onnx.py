@@ -1,0 +1,222 @@
+"""The MatMulNBits grid of onnxruntime: quantise, pack, unpack. NumPy in, NumPy out.
+
+A weight W (rows = outputs, columns = inputs) is cut along its columns into blocks of ``block_size``;
+each block has one float32 scale and one zero point, and a value is ``(q - zero) * scale`` with
+``q`` an unsigned integer of ``bits`` bits. Symmetric grids fix the zero point at ``2**(bits - 1)``
+and do not store it. Source: onnxruntime, ``docs/ContribOperators.md``, com.microsoft.MatMulNBits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+BITS = (2, 4, 8)
+"""Bit widths that the CPU kernels of onnxruntime 1.31 take."""
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""Clipping ratios tried per block below 8 bits: a few clipped outliers cost less than a wide step."""
+
+
+@dataclass(frozen=True)
+class NBitsGrid:
+    """Parameters of a grid. Raises ValueError where onnxruntime has no such kernel."""
+
+    bits: int
+    block_size: int = 32
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be one of {BITS}, not {self.bits}")
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block size must be one of {BLOCK_SIZES}, not {self.block_size}")
+
+    @property
+    def zero(self) -> int:
+        """The implied zero point of the symmetric grid."""
+        return int(1 << (self.bits - 1))
+
+    @property
+    def levels(self) -> int:
+        return int(1 << self.bits)
+
+    def blocks(self, columns: int) -> int:
+        """Blocks per row; the last one is padded."""
+        return -(-columns // self.block_size)
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes of codes, scales and (asymmetric) zero points of a (rows, columns) weight."""
+        blocks = self.blocks(columns)
+        zeros = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        return int(rows * (blocks * self.block_size * self.bits // 8 + 4 * blocks + zeros))
+
+
+@dataclass(frozen=True)
+class NBitsTensor:
+    """A quantised weight, not yet packed.
+
+    Attributes:
+        codes: uint8 (rows, blocks, block_size), each below 2**bits; padding holds the zero point.
+        scales: float32 (rows, blocks).
+        zeros: uint8 (rows, blocks); constant on a symmetric grid.
+        columns: true number of columns, without padding.
+        grid: the grid.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray
+    columns: int
+    grid: NBitsGrid
+
+
+@dataclass(frozen=True)
+class PackedNBits:
+    """The initialisers of a MatMulNBits node.
+
+    Attributes:
+        weight: uint8 (rows, blocks, block_size * bits / 8), low bits first.
+        scales: float32 (rows, blocks).
+        zeros: uint8 (rows, ceil(blocks * bits / 8)), or None on a symmetric grid.
+    """
+
+    weight: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None
+
+
+def quantize(weight: np.ndarray, grid: NBitsGrid) -> NBitsTensor:
+    """Round W (rows, columns) to the nearest point of the grid.
+
+    Symmetric: the value of largest magnitude of a block maps to the end of the range that has one
+    point more (code 0), so the scale carries a sign. Below 8 bits the scale is the one of a few
+    clipped candidates with the least squared error. Raises ValueError for values that are not finite.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"a weight has two dimensions, not {weight.ndim}")
+    if not np.isfinite(weight).all():
+        raise ValueError("a weight with NaN or infinite values cannot be quantised")
+    rows, columns = weight.shape
+    blocks = grid.blocks(columns)
+    padded = np.zeros((rows, blocks * grid.block_size), np.float32)
+    padded[:, :columns] = weight
+    values = padded.reshape(rows, blocks, grid.block_size)
+    codes = np.empty(values.shape, np.uint8)
+    scales = np.empty((rows, blocks), np.float32)
+    zeros = np.empty((rows, blocks), np.uint8)
+    step = max(1, (1 << 22) // max(1, blocks * grid.block_size))
+    for start in range(0, rows, step):  # bounded scratch memory for a vocabulary-sized weight
+        part = slice(start, start + step)
+        codes[part], scales[part], zeros[part] = _quantize_rows(values[part], grid)
+    _pad_with_zero_point(codes, zeros, columns)
+    return NBitsTensor(codes, scales, zeros, columns, grid)
+
+
+def _quantize_rows(
+    values: np.ndarray, grid: NBitsGrid
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    best: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    best_error = np.zeros(values.shape[:2], np.float32)
+    for ratio in _SHRINK if grid.bits < 8 else (1.0,):
+        scale, zero = _symmetric(values, grid) if grid.symmetric else _asymmetric(values, grid)
+        scale = (scale * np.float32(ratio)).astype(np.float32)
+        code = _round(values, scale, zero, grid)
+        error = np.square(_values(code, scale, zero) - values).sum(axis=-1)
+        if best is None:
+            best, best_error = (code, scale, zero), error
+            continue
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        best = (
+            np.where(better[..., None], code, best[0]),
+            np.where(better, scale, best[1]),
+            np.where(better, zero, best[2]),
+        )
+    assert best is not None
+    return best
+
+
+def _symmetric(values: np.ndarray, grid: NBitsGrid) -> tuple[np.ndarray, np.ndarray]:
+    top = np.take_along_axis(values, np.abs(values).argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    scale = (top / np.float32(-grid.zero)).astype(np.float32)
+    return scale, np.full(scale.shape, grid.zero, np.uint8)
+
+
+def _asymmetric(values: np.ndarray, grid: NBitsGrid) -> tuple[np.ndarray, np.ndarray]:
+    low = np.minimum(values.min(axis=-1), 0.0)
+    high = np.maximum(values.max(axis=-1), 0.0)
+    scale = ((high - low) / np.float32(grid.levels - 1)).astype(np.float32)
+    safe = np.where(scale == 0, np.float32(1), scale)
+    zero = np.clip(np.rint(-low / safe), 0, grid.levels - 1).astype(np.uint8)
+    return scale, zero
+
+
+def _round(
+    values: np.ndarray, scale: np.ndarray, zero: np.ndarray, grid: NBitsGrid
+) -> np.ndarray:
+    safe = np.where(scale == 0, np.float32(1), scale)
+    code = np.rint(values / safe[..., None]) + zero[..., None]
+    return np.clip(code, 0, grid.levels - 1).astype(np.uint8)
+
+
+def _values(code: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    difference = code.astype(np.float32) - zero[..., None].astype(np.float32)
+    return np.asarray(difference * scale[..., None], np.float32)
+
+
+def _pad_with_zero_point(codes: np.ndarray, zeros: np.ndarray, columns: int) -> None:
+    rest = columns % codes.shape[-1]
+    if rest:
+        codes[:, -1, rest:] = zeros[:, -1, None]
+
+
+def dequantize(tensor: NBitsTensor) -> np.ndarray:
+    """Float32 (rows, columns): what the runtime computes with."""
+    values = _values(tensor.codes, tensor.scales, tensor.zeros)
+    return np.ascontiguousarray(values.reshape(values.shape[0], -1)[:, : tensor.columns])
+
+
+def pack(tensor: NBitsTensor) -> PackedNBits:
+    """The bytes of a MatMulNBits node's initialisers."""
+    grid = tensor.grid
+    zeros = None if grid.symmetric else pack_bits(tensor.zeros, grid.bits)
+    return PackedNBits(pack_bits(tensor.codes, grid.bits), tensor.scales, zeros)
+
+
+def unpack(packed: PackedNBits, columns: int, grid: NBitsGrid) -> NBitsTensor:
+    """The inverse of :func:`pack` for a weight of ``columns`` columns."""
+    codes = unpack_bits(packed.weight, grid.bits)
+    if packed.zeros is None:
+        zeros = np.full(packed.scales.shape, grid.zero, np.uint8)
+    else:
+        zeros = unpack_bits(packed.zeros, grid.bits)[:, : grid.blocks(columns)]
+    return NBitsTensor(codes, packed.scales, zeros, columns, grid)
+
+
+def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes (..., n) of ``bits`` bits each into bytes (..., ceil(n * bits / 8)), low bits first."""
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return np.ascontiguousarray(codes, np.uint8)
+    short = -codes.shape[-1] % per_byte
+    if short:
+        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], short), np.uint8)], axis=-1)
+    grouped = codes.reshape(*codes.shape[:-1], -1, per_byte)
+    packed = np.zeros(grouped.shape[:-1], np.uint8)
+    for index in range(per_byte):
+        packed |= (grouped[..., index] << (index * bits)).astype(np.uint8)
+    return packed
+
+
+def unpack_bits(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Bytes (..., n) into codes (..., n * 8 / bits)."""
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return packed
+    mask = np.uint8((1 << bits) - 1)
+    parts = [(packed >> (index * bits)) & mask for index in range(per_byte)]
+    return np.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)

@@ -1,0 +1,201 @@
+"""ONNX folder for onnxruntime-genai and plain onnxruntime: export, and reading back what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from svdexport.checkpoint import Checkpoint
+from svdexport.core.grids_onnx import NBitsGrid
+from svdexport.errors import ArtifactError, MissingExtraError
+from svdexport.export.base import Exported, ExportRequest, TensorRecord
+from svdexport.recipe import OnnxExport
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+ROWS_KEY = "svdexport.rows"
+"""Model metadata: initialiser -> [checkpoint tensor, rows], so that a reader can take stacks apart."""
+
+MAX_IR_VERSION = 13
+MAX_OPSET = 26
+"""What onnxruntime 1.31 loads."""
+
+_BITS = {"fp32": None, "int8": 8, "int4": 4}
+_HEAD_BITS = {"fp32": None, "int8": 8, "int4": 8}
+"""The LM head stays at 8 bits in a 4-bit export, as llama.cpp keeps it at 6: it is the most sensitive."""
+
+
+def export(request: ExportRequest) -> Exported:
+    """Write the folder ``request.out``. Raises InputError for a family without an exact graph."""
+    try:
+        import onnx_ir as ir
+
+        from svdexport.export.onnx_builder import BuildPlan, build
+        from svdexport.export.onnx_files import write_side_files
+        from svdexport.export.onnx_pack import DataWriter
+    except ImportError as error:
+        raise MissingExtraError("onnx", f"ONNX export ({error.name} is missing)") from None
+    spec = request.spec
+    if not isinstance(spec, OnnxExport):
+        raise TypeError(f"an ONNX export needs an OnnxExport, not {type(spec).__name__}")
+    request.out.mkdir(parents=True, exist_ok=True)
+    plan = BuildPlan(
+        request.checkpoint,
+        request.source,
+        _grid(_BITS[spec.precision], spec.block_size),
+        _grid(_HEAD_BITS[spec.precision], spec.block_size),
+    )
+    with DataWriter(request.out, DATA_FILE) as data:
+        model, builder, emission = build(plan, data, request.out)
+    rows = {name: [list(row) for row in rows] for name, rows in sorted(emission.rows.items())}
+    model.metadata_props[ROWS_KEY] = json.dumps(rows, separators=(",", ":"))
+    builder.stamp_build_metadata(model)
+    ir.save(model, request.out / MODEL_FILE)
+    write_side_files(request.source, request.out, builder)
+    size = sum((request.out / name).stat().st_size for name in (MODEL_FILE, DATA_FILE))
+    notes = tuple(_notes(spec, emission, plan))
+    return Exported(request.out, "onnx", spec.precision, size, data.records, notes)
+
+
+def _grid(bits: int | None, block_size: int) -> NBitsGrid | None:
+    return None if bits is None else NBitsGrid(bits, block_size)
+
+
+def _notes(spec: OnnxExport, emission: Any, plan: Any) -> Iterator[str]:
+    if plan.grid is not None:
+        yield (
+            f"linears: {plan.grid.bits} bits, blocks of {plan.grid.block_size}, symmetric, rounded to "
+            "nearest (MatMulNBits, accuracy level 4: activations in int8)"
+        )
+        yield f"LM head: {plan.head_grid.bits} bits"
+    if emission.shared_embedding:
+        yield "embedding and LM head are tied and stored once"
+    elif "model.embed_tokens.weight" in emission.rows:
+        yield "embedding: not quantised"
+    padded = sorted(
+        name
+        for name, grid in emission.grids.items()
+        if _columns(plan.checkpoint, emission.rows[name][0][0]) % grid.block_size
+    )
+    if padded:
+        yield f"{len(padded)} weights have rows that do not fill their last block and are padded"
+
+
+def _columns(checkpoint: Checkpoint, name: str) -> int:
+    return int(checkpoint.tensor(name).shape[1])
+
+
+def read_back(
+    path: Path, checkpoint: Checkpoint, source: Path, source_gguf: Path | None, work: Path
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (checkpoint tensor, float32 values) as the written graph holds them.
+
+    Reads the file with onnx and NumPy alone; weights are dequantised from the nodes' attributes.
+    Raises ArtifactError where the file does not say which tensors its initialisers hold.
+    """
+    import onnx
+
+    model = onnx.load(str(path / MODEL_FILE), load_external_data=False)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    if ROWS_KEY not in metadata:
+        raise ArtifactError(f"{path / MODEL_FILE}: no {ROWS_KEY} metadata: not written by svdexport")
+    rows: dict[str, list[tuple[str, int]]] = json.loads(metadata[ROWS_KEY])
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    seen: set[str] = set()
+    for node in model.graph.node:
+        for name in node.input:
+            if name not in rows or name in seen:
+                continue
+            if node.op_type not in ("MatMul", "MatMulNBits", "FusedMatMul", "Gather"):
+                continue
+            seen.add(name)
+            values = _node_weight(node, tensors, path)
+            start = 0
+            for tensor_name, count in rows[name]:
+                yield tensor_name, values[start : start + count]
+                start += count
+            if start != values.shape[0]:
+                raise ArtifactError(f"{path / MODEL_FILE}: {name} has {values.shape[0]} rows, "
+                                    f"its metadata says {start}")
+    if seen != set(rows):
+        missing = ", ".join(sorted(set(rows) - seen))
+        raise ArtifactError(f"{path / MODEL_FILE}: no node reads {missing}")
+
+
+def _node_weight(node: Any, tensors: Mapping[str, Any], folder: Path) -> np.ndarray:
+    """Weight of a linear or embedding node, rows = outputs (or tokens)."""
+    from onnx import numpy_helper
+
+    def array(name: str) -> np.ndarray:
+        return np.asarray(numpy_helper.to_array(tensors[name], base_dir=str(folder)))
+
+    if node.op_type == "Gather":
+        return array(node.input[0]).astype(np.float32)
+    if node.op_type == "FusedMatMul":
+        return array(node.input[1])
+    if node.op_type == "MatMul":
+        return array(node.input[1]).T
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    bits, columns = attributes["bits"], attributes["K"]
+    packed, scales = array(node.input[1]), array(node.input[2])
+    expanded = np.unpackbits(packed, axis=-1, bitorder="little")
+    codes = np.packbits(
+        expanded.reshape(*packed.shape[:2], -1, bits), axis=-1, bitorder="little"
+    )[..., 0].astype(np.int16)
+    zeros: np.ndarray | int = 1 << (bits - 1)
+    if len(node.input) > 3 and node.input[3]:
+        flat = np.unpackbits(array(node.input[3]), axis=-1, bitorder="little")
+        grouped = flat.reshape(packed.shape[0], -1, bits)
+        zeros = np.packbits(grouped, axis=-1, bitorder="little")[:, : packed.shape[1]]
+        zeros = zeros.astype(np.int16)
+    values = (codes - zeros).astype(np.float32) * scales[..., None]
+    return np.ascontiguousarray(values.reshape(packed.shape[0], -1)[:, :columns])
+
+
+def check_round_trip(path: Path, tensors: Mapping[str, TensorRecord]) -> list[str]:
+    """Compare the folder's initialisers with what was meant; returns the differences, empty if none."""
+    import onnx
+
+    problems = []
+    model = onnx.load(str(path / MODEL_FILE), load_external_data=False)
+    if model.ir_version > MAX_IR_VERSION:
+        problems.append(f"IR version {model.ir_version} is above {MAX_IR_VERSION}")
+    for opset in model.opset_import:
+        if opset.domain == "" and opset.version > MAX_OPSET:
+            problems.append(f"opset {opset.version} is above {MAX_OPSET}")
+    written = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name in sorted(set(written) ^ set(tensors)):
+        problems.append(f"{name}: {'not meant' if name in written else 'missing'}")
+    for name in sorted(set(written) & set(tensors)):
+        found, meant = _record(written[name], path), tensors[name]
+        for key in ("shape", "type", "nbytes", "sha256"):
+            if getattr(found, key) != getattr(meant, key):
+                problems.append(
+                    f"{name}: {key} is {getattr(found, key)}, meant {getattr(meant, key)}"
+                )
+    return problems
+
+
+def _record(tensor: Any, folder: Path) -> TensorRecord:
+    import onnx
+
+    shape = tuple(tensor.dims)
+    kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        data = onnx.numpy_helper.to_array(tensor).tobytes()
+        return TensorRecord.of(shape, kind, data)
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    digest = hashlib.sha256()
+    left = int(place["length"])
+    with (folder / place["location"]).open("rb") as file:
+        file.seek(int(place["offset"]))
+        while left > 0 and (chunk := file.read(min(left, 1 << 24))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return TensorRecord(shape, kind, int(place["length"]) - left, digest.hexdigest())

@@ -1,0 +1,81 @@
+"""External data of an ONNX model, streamed: one initialiser at a time, its record kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+from svdexport.core.grids_onnx import NBitsGrid, pack, quantize
+from svdexport.export.base import TensorRecord
+
+_PAGE = 4096
+"""onnxruntime maps external data; large tensors start on a page."""
+
+_SMALL = 64
+"""Cache line, the alignment of tensors too small to deserve a page."""
+
+_LARGE_BYTES = 1 << 20
+
+
+class DataWriter:
+    """Appends tensors to the external data file of a model and remembers what was meant.
+
+    Args:
+        folder: folder of the model.
+        name: name of the data file in it.
+
+    Attributes:
+        records: initialiser name -> its record.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self.records: dict[str, TensorRecord] = {}
+        self._file: BinaryIO = (folder / name).open("wb")
+
+    def __enter__(self) -> DataWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(self, name: str, array: np.ndarray) -> ir.ExternalTensor:
+        """Write ``array`` under ``name``. Raises ValueError where the name was used before."""
+        if name in self.records:
+            raise ValueError(f"initialiser {name} is written twice")
+        array = np.ascontiguousarray(array)
+        dtype = ir.DataType.from_numpy(array.dtype)
+        align = _PAGE if array.nbytes >= _LARGE_BYTES else _SMALL
+        self._file.write(b"\0" * (-self._file.tell() % align))
+        offset = self._file.tell()
+        data = memoryview(array.reshape(-1).view(np.uint8))
+        self._file.write(data)
+        self.records[name] = TensorRecord.of(array.shape, dtype.name, data)
+        return ir.ExternalTensor(
+            location=self.name,
+            offset=offset,
+            length=array.nbytes,
+            dtype=dtype,
+            shape=ir.Shape(array.shape),
+            name=name,
+            base_dir=str(self.folder),
+        )
+
+
+def packed_initializers(weight: np.ndarray, grid: NBitsGrid) -> dict[str, np.ndarray]:
+    """The initialisers of a MatMulNBits node for W (rows, columns), by their suffix."""
+    packed = pack(quantize(weight, grid))
+    arrays = {f"weight_Q{grid.bits}": packed.weight, "weight_scales": packed.scales}
+    if packed.zeros is not None:
+        arrays["weight_zero_points"] = packed.zeros
+    return arrays
