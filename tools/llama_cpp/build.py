@@ -1,0 +1,201 @@
+"""Build a wheel of llama-cpp-python whose llama.cpp runs low-rank pairs, and print its path.
+
+The source archive of the pinned release comes from PyPI (its hash is checked), gets `low-rank.patch` and is built by pip.
+The wheel also carries llama.cpp's own converter, under `llama_cpp/converter`. It is kept in a cache folder under a key made
+of everything that decides what comes out, so that a second call finds it at once. Progress goes to stderr.
+
+    python tools/llama_cpp/build.py            the wheel with low-rank.patch
+    python tools/llama_cpp/build.py --stock    the unchanged library, to compare with
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+VERSION = "0.3.36"
+ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
+ARCHIVE_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+PATCH = Path(__file__).with_name("low-rank.patch")
+CMAKE_ARGS = "-DCMAKE_BUILD_TYPE=Release -DLLAVA_BUILD=OFF -DGGML_NATIVE=ON"
+# llama.cpp's converter and what it imports
+CONVERTER = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py/gguf", "LICENSE")
+
+
+class BuildError(Exception):
+    """The wheel cannot be built; the message says why and what to do."""
+
+
+def say(text: str) -> None:
+    print(f"llama.cpp: {text}", file=sys.stderr, flush=True)
+
+
+def cache_folder() -> Path:
+    """The user's cache folder: $SVDEXPORT_CACHE, $XDG_CACHE_HOME/svdexport or ~/.cache/svdexport."""
+    if own := os.environ.get("SVDEXPORT_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "svdexport"
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def run(command: list[str], log: Path, *, cwd: Path | None = None, **extra_env: str) -> None:
+    """Run a command with its output in `log`; on failure raise with the log's last lines."""
+    with log.open("ab") as out:
+        code = subprocess.run(
+            command, cwd=cwd, env={**os.environ, **extra_env}, stdout=out, stderr=out, check=False
+        ).returncode
+    if code != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        raise BuildError(f"{tail}\n'{' '.join(command[:6])} ...' failed with exit status {code}")
+
+
+def compiler() -> str:
+    """The first line of the C++ compiler's version."""
+    command = os.environ.get("CXX", "c++").split()
+    if shutil.which(command[0]) is None:
+        raise BuildError("no C++ compiler (c++, or what $CXX names); on Debian: apt install g++ cmake make git")
+    found = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    return found.stdout.splitlines()[0]
+
+
+def cpu() -> str:
+    """What -march=native depends on: the processor's instruction sets, or its name where the system does not list them."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.lower().startswith(("flags", "features")):
+                return " ".join(sorted(line.split(":", 1)[1].split()))
+    return platform.processor()
+
+
+def build_key(stock: bool) -> str:
+    """A hash of all that decides what the wheel holds."""
+    parts = [
+        ARCHIVE_SHA256,
+        "stock" if stock else sha256(PATCH),
+        sha256(Path(__file__)),
+        CMAKE_ARGS,
+        compiler(),
+        cpu(),
+        platform.platform(),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def fetch(cache: Path, log: Path) -> Path:
+    """The source archive, from the cache or from PyPI through pip, with its hash checked."""
+    archive = cache / ARCHIVE
+    if archive.exists() and sha256(archive) == ARCHIVE_SHA256:
+        return archive
+    say(f"fetching the source archive of llama-cpp-python {VERSION} (77 MB)")
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        run([*pip, "--no-binary", "llama-cpp-python", f"llama-cpp-python=={VERSION}"], log)
+        got = Path(folder) / ARCHIVE
+        if not got.exists() or sha256(got) != ARCHIVE_SHA256:
+            raise BuildError(f"{ARCHIVE} from the package index does not have the expected sha256 {ARCHIVE_SHA256}")
+        got.replace(archive)
+    return archive
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Unpack the archive, whose hash has been checked; returns the source folder."""
+    with tarfile.open(archive) as tar:
+        if hasattr(tarfile, "data_filter"):
+            tar.extractall(folder, filter="data")
+        else:
+            tar.extractall(folder)
+    return folder / ARCHIVE.removesuffix(".tar.gz")
+
+
+def replace_once(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    if text.count(old) != 1:
+        raise BuildError(f"{path.name}: expected exactly one {old!r}")
+    path.write_text(text.replace(old, new))
+
+
+def prepare(source: Path, key: str, stock: bool, log: Path) -> None:
+    """Apply the patch, name the version, leave out what the wheel does not need and add the converter."""
+    llama = source / "vendor" / "llama.cpp"
+    # the archive's git links lead nowhere, and git would stumble over them
+    for link in (source / ".git", llama / ".git"):
+        if link.is_dir():
+            shutil.rmtree(link)
+        else:
+            link.unlink(missing_ok=True)
+    if not stock:
+        run(["git", "apply", str(PATCH.resolve())], log, cwd=llama, GIT_CEILING_DIRECTORIES=str(source))
+        replace_once(source / "llama_cpp" / "__init__.py", f'"{VERSION}"', f'"{VERSION}+lowrank1.{key[:8]}"')
+    replace_once(source / "CMakeLists.txt", "set(LLAMA_BUILD_COMMON ON CACHE", "set(LLAMA_BUILD_COMMON OFF CACHE")
+    for name in CONVERTER:
+        target = source / "llama_cpp" / "converter" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (llama / name).is_dir():
+            shutil.copytree(llama / name, target)
+        else:
+            shutil.copy2(llama / name, target)
+
+
+def build(stock: bool) -> Path:
+    """The wheel's path in the cache; builds it if it is not there yet."""
+    cache = cache_folder() / "llama_cpp"
+    key = build_key(stock)
+    final = cache / f"{'stock' if stock else 'lowrank'}-{key}"
+    if not final.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as name:
+            work = Path(name)
+            log = work / "build.log"
+            started = time.monotonic()
+            try:
+                source = unpack(fetch(cache, log), work)
+                prepare(source, key, stock, log)
+                jobs = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+                say(f"building {'the unchanged library' if stock else 'with low-rank pairs'} ({jobs} jobs; some minutes)")
+                pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(work / "out"), str(source)]
+                run(pip, log, CMAKE_ARGS=CMAKE_ARGS, CMAKE_BUILD_PARALLEL_LEVEL=jobs)
+            except BaseException:
+                if log.exists():
+                    shutil.copy2(log, cache / "failed.log")
+                raise
+            say(f"built in {time.monotonic() - started:.0f} s")
+            try:
+                (work / "out").rename(final)
+            except OSError:
+                if not final.exists():  # another build of the same key came first
+                    raise
+    return next(final.glob("*.whl"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stock", action="store_true", help="build the library without low-rank.patch")
+    stock: bool = parser.parse_args().stock
+    try:
+        print(build(stock))
+    except BuildError as error:
+        say(f"error: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
