@@ -1,0 +1,175 @@
+"""The best low-rank pair of a linear layer, or of stacked layers with one input, at every rank.
+
+Minimises ||G^1/2 (W - B A) H^1/2||_F with H the second moment of the inputs and G that of the output
+gradients (the Kronecker-factored Fisher; G = I gives SVD-LLM's truncation-aware whitening, Wang et
+al., ICLR 2025, arXiv 2403.07378; H = I too gives the plain SVD, Eckart and Young, 1936).
+One symmetric eigenproblem of the smaller side and one Cholesky factor of that side; no inverse of
+H where the outputs are fewer, none of G where the inputs are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svdexport.core.lowrank import FactorPair
+
+INPUT_DAMPING = 1e-6  # of H's mean eigenvalue: only against singularity
+MAX_RETRIES = 12
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Nested factors: the first k rows of ``a`` and columns of ``b`` are the best rank-k pair.
+
+    Attributes:
+        a: (r, n), float32. b: (m, r), float32, members stacked along m.
+        energies: all squared singular values of G^1/2 W H^1/2, descending, float64; the error of
+            rank k is the sum of those after the k-th.
+        damping: what was added to the factored moment, in units of its mean eigenvalue.
+    """
+
+    a: Tensor
+    b: Tensor
+    energies: Tensor
+    damping: float
+
+    def pair(self, rank: int) -> FactorPair:
+        """The rank-k pair. Raises ValueError beyond the ranks that were kept."""
+        if not 1 <= rank <= self.a.shape[0]:
+            raise ValueError(f"rank {rank} is not within 1..{self.a.shape[0]}")
+        return FactorPair(self.a[:rank].contiguous(), self.b[:, :rank].contiguous())
+
+
+def damped_cholesky(moment: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Lower Cholesky factor of ``moment + d * mean eigenvalue * I`` and the d that was needed.
+
+    Starts at ``damping`` and multiplies by ten until the factorisation succeeds; a zero moment is
+    treated as the identity. Raises ValueError where the moment is not finite.
+    """
+    mean = float(moment.diagonal().mean())
+    if not torch.isfinite(moment).all():
+        raise ValueError("the moment matrix has NaN or infinite entries")
+    eye = torch.eye(moment.shape[0], dtype=moment.dtype)
+    if mean <= 0.0:
+        return eye, 1.0
+    for _ in range(MAX_RETRIES):
+        factor, info = torch.linalg.cholesky_ex(moment + damping * mean * eye)
+        if int(info) == 0:
+            return factor, damping
+        damping = max(damping * 10.0, 1e-12)
+    raise ValueError("the moment matrix is not positive semidefinite even with damping")
+
+
+def decompose(
+    weights: Sequence[Tensor],
+    input_moment: Tensor | None = None,
+    output_moments: Sequence[Tensor] | None = None,
+    *,
+    max_rank: int | None = None,
+    output_damping: float = 0.1,
+) -> Decomposition:
+    """Factorise one linear, or several that share an input (their rows stacked, one shared A).
+
+    Args:
+        weights: W_i of shape (m_i, n).
+        input_moment: H (n, n), or None for the identity.
+        output_moments: G_i (m_i, m_i), or None for the identity; damped by ``output_damping`` of
+            their mean eigenvalue, since few gradients leave directions that seem free.
+        max_rank: factors are kept up to this rank; energies always in full.
+    """
+    stacked = torch.cat([w.double() for w in weights])
+    m, n = stacked.shape
+    limit = min(m, n, max_rank or min(m, n))
+    metrics = None
+    if output_moments is not None:
+        metrics = [_damped(g.double(), output_damping) for g in output_moments]
+    if n <= m:
+        return _by_inputs(stacked, input_moment, metrics, limit)
+    return _by_outputs(stacked, input_moment, metrics, limit)
+
+
+def _damped(moment: Tensor, damping: float) -> Tensor:
+    mean = float(moment.diagonal().mean())
+    scale = damping * mean if mean > 0.0 else 1.0
+    return moment + scale * torch.eye(moment.shape[0], dtype=moment.dtype)
+
+
+def _by_inputs(
+    weight: Tensor, input_moment: Tensor | None, metrics: list[Tensor] | None, limit: int
+) -> Decomposition:
+    """n <= m. With H = S S^T and V the eigenvectors of S^T W^T G W S: B = W S V, A = V^T S^-1."""
+    root, damping = None, 0.0
+    if input_moment is not None:
+        root, damping = damped_cholesky(input_moment.double(), INPUT_DAMPING)
+    weighted = weight if metrics is None else _apply_blocks(metrics, weight)
+    gram = weight.T @ weighted
+    if root is not None:
+        gram = root.T @ gram @ root
+    energies, vectors = _top(gram)
+    v = vectors[:, :limit]
+    if root is None:
+        a, b = v.T, weight @ v
+    else:
+        a = torch.linalg.solve_triangular(root, v.T, upper=False, left=False)
+        b = weight @ (root @ v)
+    return Decomposition(a.float().contiguous(), b.float().contiguous(), energies, damping)
+
+
+def _by_outputs(
+    weight: Tensor, input_moment: Tensor | None, metrics: list[Tensor] | None, limit: int
+) -> Decomposition:
+    """m < n. With G = L L^T and U the eigenvectors of L^T W H W^T L: B = L^-T U, A = U^T L^T W."""
+    product = weight if input_moment is None else weight @ input_moment.double()
+    gram = product @ weight.T
+    root = None
+    if metrics is not None:
+        root = torch.block_diag(*(damped_cholesky(g, 0.0)[0] for g in metrics))
+        gram = root.T @ gram @ root
+    energies, vectors = _top(gram)
+    u = vectors[:, :limit]
+    if root is None:
+        a, b = u.T @ weight, u
+    else:
+        a = u.T @ (root.T @ weight)
+        b = torch.linalg.solve_triangular(root.T, u, upper=True)
+    return Decomposition(a.float().contiguous(), b.float().contiguous(), energies, 0.0)
+
+
+def _apply_blocks(blocks: list[Tensor], weight: Tensor) -> Tensor:
+    rows = weight.split([block.shape[0] for block in blocks])
+    return torch.cat([block @ part for block, part in zip(blocks, rows, strict=True)])
+
+
+def _top(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (descending, not negative) and eigenvectors, signs fixed so reruns agree."""
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
+    largest = vectors.abs().argmax(dim=0)
+    signs = torch.sign(vectors[largest, torch.arange(vectors.shape[1])])
+    return values, vectors * signs
+
+
+def relative_errors(
+    weights: Sequence[Tensor], decomposition: Decomposition, input_moment: Tensor | None
+) -> Tensor:
+    """||(W - B_k A_k) X||_F / ||W X||_F of the stacked layers for every kept rank k, shape (r,).
+
+    Entry k - 1 belongs to rank k. With H = X X^T the squared numerator is
+    tr W H W^T - 2 sum_i (A H W^T B)_ii + sum_ij (A H A^T)_ij (B^T B)_ij over i, j <= k, so that
+    cumulative sums give all ranks at once. Without H, X = I.
+    """
+    weight = torch.cat([w.double() for w in weights])
+    a, b = decomposition.a.double(), decomposition.b.double()
+    a_h = a if input_moment is None else a @ input_moment.double()
+    w_h = weight if input_moment is None else weight @ input_moment.double()
+    total = (w_h * weight).sum()
+    if float(total) <= 0.0:
+        return torch.zeros(a.shape[0], dtype=torch.float64)
+    cross = ((a_h @ weight.T) * b.T).sum(dim=1).cumsum(0)
+    products = (a_h @ a.T) * (b.T @ b)
+    quadratic = products.cumsum(0).cumsum(1).diagonal()
+    return ((total - 2 * cross + quadratic).clamp_min(0.0) / total).sqrt()

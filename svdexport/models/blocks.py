@@ -1,0 +1,255 @@
+"""The structure of a decoder, found by running it: blocks, linears, and linears that share an input.
+
+The model runs once on the meta device (shapes only, no weights), so that a configuration alone
+is enough and nothing depends on the names an architecture gives its layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdexport.errors import InputError
+from svdexport.models.modules import is_linear, linear_shape
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a block: ``name`` is its module path in the model."""
+
+    name: str
+    out_features: int
+    in_features: int
+    bias: bool
+
+    @property
+    def params(self) -> int:
+        """Weight parameters; a bias stays as it is and is not counted."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears of one block that are called with the same tensor, in the order of the calls."""
+
+    block: int
+    members: tuple[Linear, ...]
+
+    @property
+    def leader(self) -> str:
+        return self.members[0].name
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Blocks (module paths, in order), their input groups, and whether a block returns a tuple."""
+
+    blocks: tuple[str, ...]
+    groups: tuple[InputGroup, ...]
+    returns_tuple: bool
+
+    def of_block(self, block: int) -> list[InputGroup]:
+        return [group for group in self.groups if group.block == block]
+
+    def linears(self) -> Iterator[Linear]:
+        for group in self.groups:
+            yield from group.members
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Module paths of the decoder blocks: the longest ModuleList that is not inside another.
+
+    Raises InputError where the model has no ModuleList.
+    """
+    lists = [(name, len(m)) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    names = {name for name, _ in lists}
+    outer = [
+        (name, length)
+        for name, length in lists
+        if not any(name.startswith(other + ".") for other in names)
+    ]
+    if not outer:
+        raise InputError("the model has no list of blocks: its structure is not known to svdexport")
+    name, length = max(outer, key=lambda item: item[1])
+    return tuple(f"{name}.{i}" for i in range(length))
+
+
+def discover(model: nn.Module) -> Structure:
+    """Find blocks, linears and shared inputs by one forward pass of 8 tokens.
+
+    Args:
+        model: a causal language model on any device; on meta it needs no weights.
+    """
+    blocks = find_blocks(model)
+    device = next(model.parameters()).device
+    calls: list[tuple[int, str, Tensor]] = []  # keeps the inputs alive, so identities are unique
+    returns_tuple = False
+    with contextlib.ExitStack() as stack:
+        for index, path in enumerate(blocks):
+            block = model.get_submodule(path)
+
+            def note_output(_m: nn.Module, _a: Any, output: Any) -> None:
+                nonlocal returns_tuple
+                returns_tuple = isinstance(output, tuple)
+
+            stack.callback(block.register_forward_hook(note_output).remove)
+            for name, module in block.named_modules():
+                if not is_linear(module):
+                    continue
+
+                def note_input(
+                    _m: nn.Module, args: Any, kwargs: Any, key: tuple[int, str] = (index, f"{path}.{name}")
+                ) -> None:
+                    calls.append((*key, args[0] if args else kwargs["input"]))
+
+                hook = module.register_forward_pre_hook(note_input, with_kwargs=True)
+                stack.callback(hook.remove)
+        tokens = torch.zeros((1, 8), dtype=torch.long, device=device)
+        # a ready 4-d mask: transformers would ask a 2-d one for its values, which meta tensors lack
+        mask = torch.zeros((1, 1, 8, 8), device=device)
+        with torch.no_grad():
+            model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    return Structure(blocks, tuple(_group(model, calls)), returns_tuple)
+
+
+def _group(model: nn.Module, calls: Sequence[tuple[int, str, Tensor]]) -> Iterator[InputGroup]:
+    members: dict[tuple[int, int], list[Linear]] = {}
+    seen: set[str] = set()
+    for block, name, tensor in calls:
+        if name in seen:
+            continue  # called twice: it belongs to the group of its first input
+        seen.add(name)
+        module = model.get_submodule(name)
+        out_features, in_features = linear_shape(module)
+        linear = Linear(name, out_features, in_features, getattr(module, "bias", None) is not None)
+        members.setdefault((block, id(tensor)), []).append(linear)
+    for (block, _), group in members.items():
+        yield InputGroup(block, tuple(group))
+
+
+def select(
+    structure: Structure, targets: Sequence[str], ignore: Sequence[str], group: bool
+) -> list[InputGroup]:
+    """Groups of the linears that the patterns choose; with ``group`` off, one linear a group.
+
+    Patterns are full module paths or ``re:`` and a regular expression searched in the path.
+    Raises InputError where nothing is left.
+    """
+    chosen: list[InputGroup] = []
+    for found in structure.groups:
+        members = [
+            m for m in found.members if _matches(m.name, targets) and not _matches(m.name, ignore)
+        ]
+        if not members:
+            continue
+        parts = [tuple(members)] if group else [(member,) for member in members]
+        chosen += [InputGroup(found.block, part) for part in parts]
+    if not chosen:
+        raise InputError("compress.targets and compress.ignore leave no linear layer to compress")
+    return chosen
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(
+        re.search(p[3:], name) is not None if p.startswith("re:") else p == name for p in patterns
+    )
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What the model hands to its blocks for one batch.
+
+    Attributes:
+        hidden: input of the first block, (batch, tokens, width).
+        calls: further positional and keyword arguments of each block.
+    """
+
+    hidden: Tensor
+    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+
+
+@contextlib.contextmanager
+def _bypassed(model: nn.Module, structure: Structure, bypass: Any) -> Iterator[None]:
+    """Replace every block's forward by ``bypass(index, hidden, args, kwargs) -> hidden``."""
+    modules = [model.get_submodule(path) for path in structure.blocks]
+
+    def make(index: int) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            out = bypass(index, hidden, args[1:], kwargs)
+            return (out,) if structure.returns_tuple else out
+
+        return forward
+
+    for index, module in enumerate(modules):
+        module.forward = make(index)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+class _BlocksReached(Exception):  # noqa: N818 (control flow, not an error)
+    """Raised once all blocks have been called, to skip the head."""
+
+
+def record_inputs(model: nn.Module, structure: Structure, tokens: Tensor) -> BlockInputs:
+    """Run the model with its blocks bypassed: embedding, masks and positions only, no head."""
+    first: list[Tensor] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if index == 0:
+            first.append(hidden)
+        calls.append((args, kwargs))
+        if index == len(structure.blocks) - 1:
+            raise _BlocksReached
+        return hidden
+
+    with (
+        _bypassed(model, structure, record),
+        torch.no_grad(),
+        contextlib.suppress(_BlocksReached),
+    ):
+        model(input_ids=tokens, use_cache=False)
+    return BlockInputs(first[0], tuple(calls))
+
+
+def run_block(
+    block: nn.Module, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]
+) -> Tensor:
+    """One block's output hidden states, (batch, tokens, width)."""
+    args, kwargs = call
+    output = block(hidden, *args, **kwargs)
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+def tail_gradient(model: nn.Module, structure: Structure, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Gradient of the summed next-token loss with respect to the last block's output.
+
+    Everything after the blocks (final norm, head) runs once, whatever the architecture calls it.
+
+    Args:
+        tokens: (batch, tokens); hidden: output of the last block, (batch, tokens, width).
+    """
+    leaf = hidden.detach().requires_grad_(True)
+    last = len(structure.blocks) - 1
+
+    def put(index: int, passed: Tensor, args: Any, kwargs: Any) -> Tensor:
+        return leaf if index == last else passed
+
+    with _bypassed(model, structure, put), torch.enable_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"
+        )
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    return gradient

@@ -1,0 +1,64 @@
+"""transformers integration: ``AutoModelForCausalLM.from_pretrained`` loads compressed checkpoints.
+
+``import svdexport`` arranges for ``register`` to run once transformers is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from svdexport.checkpoint import FORMAT_VERSION, QUANT_METHOD, PairSpec
+from svdexport.models.modules import replace_linears
+
+
+class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` section of a compressed checkpoint (see svdexport.checkpoint)."""
+
+    def __init__(
+        self,
+        quant_method: str = QUANT_METHOD,
+        version: int = FORMAT_VERSION,
+        low_rank: dict[str, dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if version != FORMAT_VERSION:
+            raise ValueError(f"low-rank format version {version}; expected {FORMAT_VERSION}")
+        self.quant_method = quant_method
+        self.version = version
+        self.low_rank = low_rank or {}
+
+
+class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Replaces linears by pairs before the weights are loaded into them."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        pairs = {
+            name: PairSpec(int(entry["rank"]), str(entry["group"]))
+            for name, entry in self.quantization_config.low_rank.items()
+        }
+        replace_linears(model, pairs)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Make the quantizer known to transformers; a second call does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(LowRankConfig)
+        register_quantizer(QUANT_METHOD)(LowRankQuantizer)

@@ -1,0 +1,92 @@
+"""The linear layer of a compressed model, and putting it in a model's place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from svdexport.checkpoint import PairSpec
+
+
+class LowRankLinear(nn.Module):
+    """y = B (A x) + bias. Members of a group use the leader's A.
+
+    Only the leader registers ``lr_a``, so that a state dict holds a shared A once.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        leader: LowRankLinear | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.lr_b = nn.Linear(rank, out_features, bias=False)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        if leader is None:
+            self.lr_a = nn.Linear(in_features, rank, bias=False)
+        self._leader = [self if leader is None else leader]  # in a list: not a submodule twice
+
+    @property
+    def first_factor(self) -> nn.Linear:
+        return self._leader[0].lr_a
+
+    @property
+    def weight(self) -> Tensor:
+        """B A, for code that only asks for a linear's dtype, device or values."""
+        return self.lr_b.weight @ self.first_factor.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lr_b(self.first_factor(x))
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear itself, or GPT-2's Conv1D (the same with a transposed weight)."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear module of either orientation."""
+    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
+    return (int(columns), int(rows)) if type(module).__name__ == "Conv1D" else (rows, columns)
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """Weight as (out_features, in_features)."""
+    weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator]
+    return weight.T if type(module).__name__ == "Conv1D" else weight
+
+
+def replace_linears(model: nn.Module, low_rank: Mapping[str, PairSpec]) -> None:
+    """Put an (uninitialised) LowRankLinear in the place of each linear that ``low_rank`` names.
+
+    Raises ValueError where a name is not a linear of this model.
+    """
+    made: dict[str, LowRankLinear] = {}
+    leaders_first = sorted(low_rank, key=lambda name: low_rank[name].group != name)
+    for name in leaders_first:
+        spec = low_rank[name]
+        try:
+            old = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"the checkpoint compresses {name}, which this model lacks") from None
+        if not is_linear(old):
+            raise ValueError(f"the checkpoint compresses {name}, which is not a linear layer")
+        out_features, in_features = linear_shape(old)
+        leader = None if spec.group == name else made[spec.group]
+        has_bias = getattr(old, "bias", None) is not None
+        weight: Tensor = old.weight  # type: ignore[assignment]
+        with torch.device(weight.device):
+            new = LowRankLinear(in_features, out_features, spec.rank, has_bias, leader)
+        made[name] = new.to(weight.dtype)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, made[name])
