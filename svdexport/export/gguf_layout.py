@@ -1,0 +1,215 @@
+"""The tensors of an exported GGUF: the base's, with dense matrices replaced by their pairs.
+
+Names follow the low-rank contract: ``<stem>.lr_a.weight`` and ``<stem>.lr_b.weight`` for a dense
+``<stem>.weight``; linears that share A find it under the group's stem.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from svdexport.checkpoint import Checkpoint
+from svdexport.errors import InputError
+from svdexport.export.gguf_match import Match
+from svdexport.export.gguf_types import Types, held
+from svdexport.export.gguf_write import Planned
+from svdexport.runtimes.gguf_file import GgufFile, nbytes
+
+# Stems whose linears read one input, and the stem under which they find a shared A.
+SHARED_STEMS = {
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "ffn_gate_up": ("ffn_gate", "ffn_up"),
+}
+
+
+@dataclass(frozen=True)
+class PairPlace:
+    """Where a compressed linear's factors stand in the file.
+
+    Attributes:
+        linear: its name in the checkpoint.
+        leader: the linear whose A it uses.
+        a: tensor name of A; a shared one is the same for all members.
+        b: tensor name of B.
+        match: where the dense matrix stood in the base.
+    """
+
+    linear: str
+    leader: str
+    a: str
+    b: str
+    match: Match
+
+
+@dataclass
+class Layout:
+    """Tensors in file order and what is to be said about them."""
+
+    tensors: list[Planned] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    params_dense: int = 0
+    params: int = 0
+
+
+def pair_places(checkpoint: Checkpoint, matches: dict[str, Match]) -> list[PairPlace]:
+    """Names for every pair of the checkpoint.
+
+    Raises InputError where a pair's dense matrix was not found in the base, or stands there for
+    another weight too.
+    """
+    users = Counter((match.tensor, match.expert) for match in matches.values())
+    places = []
+    for leader, members in checkpoint.groups().items():
+        for member in members:
+            match = matches.get(f"{member}.weight")
+            if match is None:
+                raise InputError(
+                    f"{member}: its weight's rows are not found in the base GGUF, so the "
+                    "pair cannot be placed; leave it dense (compress.ignore)"
+                )
+            if match.expert is not None:
+                raise InputError(
+                    f"{member}: pairs of stacked experts are not written; leave it dense"
+                )
+            if users[match.tensor, match.expert] > 1:
+                raise InputError(
+                    f"{member}: {match.tensor} holds another weight too (tied); leave it dense"
+                )
+        stems = [matches[f"{member}.weight"].tensor.removesuffix(".weight") for member in members]
+        shared = shared_stem(stems)
+        for member, stem in zip(members, stems, strict=True):
+            a = f"{shared or stem}.lr_a.weight"
+            match = matches[f"{member}.weight"]
+            places.append(PairPlace(member, leader, a, f"{stem}.lr_b.weight", match))
+    return places
+
+
+def shared_stem(stems: list[str]) -> str | None:
+    """The stem of a shared A, or None where each linear needs its own copy (or is alone)."""
+    if len(stems) < 2:
+        return None
+    for group, members in SHARED_STEMS.items():
+        parts = [re.fullmatch(r"(.*?)(\w+)", stem) for stem in stems]
+        prefixes = {part[1] for part in parts if part}
+        if len(prefixes) == 1 and all(part and part[2] in members for part in parts):
+            return f"{prefixes.pop()}{group}"
+    return None
+
+
+class LayoutBuilder:
+    """Plans the file for one checkpoint over one base."""
+
+    def __init__(
+        self,
+        base: GgufFile,
+        checkpoint: Checkpoint,
+        types: Types,
+        places: list[PairPlace],
+        changed: dict[str, Callable[[], np.ndarray]],
+    ) -> None:
+        self._base = base
+        self._checkpoint = checkpoint
+        self._types = types
+        self._places = {place.match.tensor: place for place in places}
+        self._changed = changed
+        self._layout = Layout()
+        self._fallbacks: Counter[tuple[str, str, str]] = Counter()
+        self._extra_bytes: Counter[tuple[str, str, str]] = Counter()
+        self._done: set[str] = set()
+
+    def build(self) -> Layout:
+        """All tensors, in the base's order."""
+        for name in self._base.tensors:
+            if name in self._places:
+                self._add_pair(self._places[name])
+            else:
+                self._add_dense(name)
+        self._note_fallbacks()
+        self._note_copies()
+        return self._layout
+
+    def _add_pair(self, place: PairPlace) -> None:
+        pair = self._checkpoint.pair(place.linear)
+        info = self._base.tensors[place.match.tensor]
+        leader, linear, match = place.leader, place.linear, place.match
+        rank, n_in, n_out = pair.rank, pair.in_features, pair.out_features
+        if (n_in, n_out) != info.ne:
+            raise InputError(
+                f"{linear}: a pair for {n_out} x {n_in}, but {match.tensor} is {info.ne[::-1]}"
+            )
+        checkpoint = self._checkpoint
+        self._layout.params_dense += n_in * n_out
+        self._layout.params += rank * n_out
+        if place.a not in self._done:
+            self._layout.params += rank * n_in
+            self._add(
+                place.a,
+                (n_in, rank),
+                self._types.a,
+                lambda: floats(checkpoint, f"{leader}.lr_a.weight"),
+            )
+        self._add(
+            place.b,
+            (rank, n_out),
+            self._types.b,
+            lambda: match.to_file(floats(checkpoint, f"{linear}.lr_b.weight")),
+        )
+
+    def _add_dense(self, name: str) -> None:
+        info = self._base.tensors[name]
+        base, asked = self._base, self._types.dense(name, info)
+        if changed := self._changed.get(name):
+            self._add(name, info.ne, asked, changed)
+        elif held(asked, info.ne[0]) == info.type or len(info.ne) < 2:
+            self._layout.tensors.append(Planned(name, info.ne, info.type, lambda: base.raw(name)))
+        else:
+            self._add(name, info.ne, asked, lambda: base.rows(name))
+
+    def _add(
+        self, name: str, ne: tuple[int, ...], asked: str, values: Callable[[], np.ndarray]
+    ) -> None:
+        if name in self._done:
+            return
+        self._done.add(name)
+        type_name = held(asked, ne[0])
+        planned = Planned(name, ne, type_name, values)
+        if type_name != asked:
+            key = (asked, type_name, re.sub(r"\d+", "N", name))
+            self._fallbacks[key] += 1
+            elements = int(np.prod(ne, dtype=np.int64))
+            self._extra_bytes[key] += planned.nbytes - nbytes(asked, elements)
+        self._layout.tensors.append(planned)
+
+    def _note_fallbacks(self) -> None:
+        for (asked, given, name), count in sorted(self._fallbacks.items()):
+            extra = self._extra_bytes[asked, given, name]
+            self._layout.notes.append(
+                f"{name}: {count} of type {given} instead of {asked}, whose blocks the row length "
+                f"does not fill ({extra:+,} bytes)"
+            )
+
+    def _note_copies(self) -> None:
+        """A shared A that has no shared name in llama.cpp stands once per member."""
+        names: dict[str, set[str]] = {}
+        for place in self._places.values():
+            names.setdefault(place.leader, set()).add(place.a)
+        copied = {leader: len(found) - 1 for leader, found in names.items() if len(found) > 1}
+        if copied:
+            some = ", ".join(list(copied)[:3]) + (", ..." if len(copied) > 3 else "")
+            self._layout.notes.append(
+                f"{sum(copied.values())} further copies of a shared A were written, since "
+                f"llama.cpp finds none under a shared name there: {some}"
+            )
+
+
+def floats(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """A tensor of the checkpoint as float32."""
+    import torch
+
+    values: np.ndarray = checkpoint.tensor(name).to(torch.float32).numpy()
+    return values
