@@ -103,17 +103,20 @@ class SpeedSettings:
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed call. Times in seconds; CPU times are summed over the cores this process may run
-    on.
+    """One timed sample: the mean of as many calls as make it long enough to be judged.
 
-    `own_cpu`: this process. `other_cpu`: everything else on those cores, as busy time of the
-    cores less our own. `steal`: time the hypervisor gave to others. `preempted`: involuntary
-    context switches of this process.
+    `seconds` is what the runtime reports for one call; the rest is of the whole sample, which
+    took `span` seconds of wall time, summed over the cores this process may run on:
+    `own_cpu`: this process; `other_cpu`: everything else, as busy time of the cores less our own;
+    `waited`: our threads were ready and had no core; `steal`: the hypervisor gave the core to
+    others; `preempted`: involuntary context switches of this process.
     """
 
     seconds: float
+    span: float
     own_cpu: float
     other_cpu: float
+    waited: float
     steal: float
     preempted: int
     disturbed: bool = False

@@ -69,7 +69,7 @@ def quality(perplexity: float, kld: float, same: float, dense: float = 23.7) -> 
 
 def timing(metric: str, tokens: int, tps: float, ratio: float | None) -> Timing:
     samples = tuple(
-        Sample(tokens / tps * (1 + 0.004 * (i % 3)), 2 * tokens / tps, 0.001, 0.0, 1)
+        Sample(tokens / tps * (1 + 0.004 * (i % 3)), 0.3, 0.59, 0.001, 0.0, 0.0, 1)
         for i in range(9)
     )
     speedup = None if ratio is None else Speedup(ratio, ratio * 0.985, ratio * 1.012)

@@ -1,0 +1,48 @@
+"""Bootstrap intervals (Efron and Tibshirani, An Introduction to the Bootstrap, chapters 6 and
+13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdexport.core.measures import Speedup, Spread
+
+DRAWS = 2000  # the 2.5 % point of 2,000 draws moves by about 0.3 % of rank between seeds
+
+Array = NDArray[np.float64]
+
+
+def draws_of(count: int, seed: int, draws: int = DRAWS) -> NDArray[np.int64]:
+    """Indices (draws, count) of resamples with replacement."""
+    return np.random.default_rng(seed).integers(0, count, (draws, count))
+
+
+def median_interval(values: Sequence[float] | Array, seed: int) -> Speedup:
+    """Median with the 95 % percentile interval of its bootstrap. Raises ValueError without
+    values.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.size == 0:
+        raise ValueError("no values to take a median of")
+    medians = np.median(data[draws_of(data.size, seed)], axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return Speedup(float(np.median(data)), float(low), float(high))
+
+
+def spread(
+    count: int, statistic: Callable[[NDArray[np.int64]], float], seed: int, draws: int = DRAWS
+) -> Spread:
+    """Standard error and 95 % interval of a statistic of `count` windows.
+
+    `statistic` takes window indices, with repeats, and gives the figure for that resample.
+    Raises ValueError for fewer than two windows, of which nothing can be said.
+    """
+    if count < 2:
+        raise ValueError("a spread over windows needs at least two windows")
+    figures = np.array([statistic(index) for index in draws_of(count, seed, draws)])
+    low, high = np.percentile(figures, [2.5, 97.5])
+    return Spread(float(figures.std(ddof=1)), float(low), float(high))

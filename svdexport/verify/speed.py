@@ -1,0 +1,230 @@
+"""Speed that can be believed: interleaved rounds, ratios round by round, and noise that is told.
+
+The artifacts are loaded side by side. For each metric (each prefill length, then decode) they are
+warmed up and then timed in turn, A B A B ..., so that a slow phase of the machine hits all of
+them alike; the ratio is taken within a round. A round in which anything else disturbed any of
+them is marked (see `noise`) and repeated, up to twice the number of rounds asked for. Where more
+than a third of the rounds is marked, the metric's verdict is `inconclusive`, whatever its ratio.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from svdexport.core.machine import describe, usable_cores
+from svdexport.core.measures import (
+    ArtifactSpeed,
+    Sample,
+    SpeedReport,
+    SpeedSettings,
+    Speedup,
+    SpeedWord,
+    Timing,
+)
+from svdexport.errors import RecipeError
+from svdexport.runtimes.artifact import size_bytes
+from svdexport.runtimes.base import Runtime
+from svdexport.verify import noise
+from svdexport.verify.bootstrap import median_interval
+
+MIN_ROUNDS = 9
+MAX_DISTURBED = 1 / 3
+# An interval that lies above this is "not slower": a file against itself must not come out as
+# slower or undecided because of one percent of jitter.
+SAME = 0.98
+# /proc/stat counts in steps of 10 ms; below 0.2 s on two cores a step is over 2 % of the sample.
+MIN_SAMPLE_SECONDS = 0.2
+# Threads of one runtime spin for a while after their work; the next sample must not pay for it.
+SETTLE_SECONDS = 0.03
+DECODE_PROMPT = 32
+
+_ORDER: dict[SpeedWord, int] = {"ok": 0, "inconclusive": 1, "slower": 2}
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class _Metric:
+    name: str
+    tokens: int
+    call: Callable[[Runtime], float]
+
+
+def measure(
+    runtimes: Sequence[Runtime], settings: SpeedSettings, progress: Progress | None = None
+) -> SpeedReport:
+    """Time runtimes side by side; index 0 is the baseline.
+
+    Args:
+        runtimes: loaded artifacts, each opened with `settings.threads` threads.
+        settings: lengths in tokens, rounds (at least 9), seed of prompts and bootstrap.
+        progress: called with the metric's name, rounds done and rounds planned.
+
+    Raises RecipeError for settings that cannot give a verdict.
+    """
+    _check(runtimes, settings)
+    metrics = _metrics(runtimes, settings)
+    with _no_garbage_collection():
+        tables = [_measure_metric(runtimes, metric, settings, progress) for metric in metrics]
+    artifacts = tuple(
+        _artifact(i, runtimes, [table[i] for table in tables]) for i in range(len(runtimes))
+    )
+    words: list[SpeedWord] = [a.verdict for a in artifacts if a.verdict is not None]
+    notes = []
+    if settings.threads > usable_cores():
+        notes.append(f"{settings.threads} threads share {usable_cores()} cores")
+    return SpeedReport(artifacts, worst(words), settings, describe(), tuple(notes))
+
+
+def worst(words: Sequence[SpeedWord]) -> SpeedWord:
+    """`slower` was shown, so it wins over `inconclusive`, which wins over `ok`."""
+    return max(words, key=_ORDER.__getitem__, default="ok")
+
+
+def judge(speedup: Speedup, disturbed: int, rounds: int) -> SpeedWord:
+    """Verdict of a metric: `slower` where the whole interval is below 1, `ok` where it is not."""
+    if disturbed > MAX_DISTURBED * rounds:
+        return "inconclusive"
+    if speedup.low >= SAME:
+        return "ok"
+    return "slower" if speedup.high < 1.0 else "inconclusive"
+
+
+def _check(runtimes: Sequence[Runtime], settings: SpeedSettings) -> None:
+    if not runtimes:
+        raise RecipeError("speed: nothing to measure")
+    if settings.rounds < MIN_ROUNDS:
+        raise RecipeError(
+            f"speed: rounds is {settings.rounds}; below {MIN_ROUNDS} no interval holds"
+        )
+    if (
+        settings.threads < 1
+        or settings.decode < 1
+        or not settings.prefill
+        or min(settings.prefill) < 1
+    ):
+        raise RecipeError("speed: threads, prefill lengths and decode must be 1 or more")
+    for runtime in runtimes:
+        if runtime.threads != settings.threads:
+            raise RecipeError(
+                f"{runtime.path}: opened with {runtime.threads} threads, to be measured with "
+                f"{settings.threads}"
+            )
+
+
+def _metrics(runtimes: Sequence[Runtime], settings: SpeedSettings) -> list[_Metric]:
+    vocab = min(runtime.vocab_size for runtime in runtimes)
+    rng = np.random.default_rng(settings.seed)
+    metrics = []
+    for length in settings.prefill:
+        tokens = rng.integers(0, vocab, length, dtype=np.int64)
+        metrics.append(_Metric(f"prefill_{length}", length, lambda r, t=tokens: r.prefill(t)))  # type: ignore[misc]
+    prompt = rng.integers(0, vocab, DECODE_PROMPT, dtype=np.int64)
+    count = settings.decode
+    metrics.append(_Metric(f"decode_{count}", count, lambda r: r.decode(prompt, count)))
+    return metrics
+
+
+def _measure_metric(
+    runtimes: Sequence[Runtime],
+    metric: _Metric,
+    settings: SpeedSettings,
+    progress: Progress | None,
+) -> list[Timing]:
+    for runtime in runtimes:
+        metric.call(runtime)
+        metric.call(runtime)
+    rounds: list[list[Sample]] = []
+    limit = 2 * settings.rounds
+    while len(rounds) < limit:
+        if progress is not None:
+            progress(metric.name, len(rounds), max(settings.rounds, len(rounds) + 1))
+        rounds.append([_sample(runtime, metric, settings.threads) for runtime in runtimes])
+        quiet = sum(not any(s.disturbed for s in r) for r in rounds)
+        hopeless = len(rounds) - quiet > MAX_DISTURBED * limit
+        if len(rounds) >= settings.rounds and (quiet >= settings.rounds or hopeless):
+            break
+    return [_timing(index, metric, rounds, settings.seed) for index in range(len(runtimes))]
+
+
+def _sample(runtime: Runtime, metric: _Metric, threads: int) -> Sample:
+    """Call until the sample is long enough to be judged; a count fixed beforehand could take
+    minutes where noise makes each call a hundred times slower."""
+    time.sleep(SETTLE_SECONDS)
+    seconds: list[float] = []
+    before = noise.snapshot()
+    while not seconds or time.perf_counter() - before.wall < MIN_SAMPLE_SECONDS:
+        seconds.append(metric.call(runtime))
+    delta = noise.change(before, noise.snapshot())
+    starved = noise.probe(threads) if delta.blind else 0.0
+    why = noise.why_disturbed(delta, threads, starved)
+    return Sample(
+        seconds=sum(seconds) / len(seconds),
+        span=delta.wall,
+        own_cpu=delta.own,
+        other_cpu=delta.other,
+        waited=delta.waited,
+        steal=delta.steal,
+        preempted=delta.preempted,
+        disturbed=bool(why),
+        why=why,
+    )
+
+
+def _timing(index: int, metric: _Metric, rounds: list[list[Sample]], seed: int) -> Timing:
+    """One artifact's timing. A round counts as disturbed for all where it was for one of them."""
+    marked = [any(s.disturbed for s in r) for r in rounds]
+    quiet = [r for r, bad in zip(rounds, marked, strict=True) if not bad]
+    used = quiet if len(quiet) >= 2 else rounds
+    seconds = float(np.median([r[index].seconds for r in used]))
+    samples = tuple(
+        r[index]
+        if r[index].disturbed or not bad
+        else replace(r[index], disturbed=True, why="its round was disturbed")
+        for r, bad in zip(rounds, marked, strict=True)
+    )
+    speedup = None
+    verdict: SpeedWord | None = None
+    if index > 0:
+        speedup = median_interval([r[0].seconds / r[index].seconds for r in used], seed)
+        verdict = judge(speedup, sum(marked), len(rounds))
+    return Timing(
+        metric.name, metric.tokens, metric.tokens / seconds, speedup, verdict, sum(marked), samples
+    )
+
+
+def _artifact(index: int, runtimes: Sequence[Runtime], timings: list[Timing]) -> ArtifactSpeed:
+    runtime = runtimes[index]
+    prefills = [t for t in timings if t.metric.startswith("prefill")]
+    prefill = max(prefills, key=lambda t: t.tokens)
+    decode = timings[-1]
+    words: list[SpeedWord] = [t.verdict for t in timings if t.verdict is not None]
+    return ArtifactSpeed(
+        path=str(runtime.path),
+        runtime=runtime.name,
+        bytes=size_bytes(runtime.path),
+        baseline=None if index == 0 else str(runtimes[0].path),
+        prefill_tps=prefill.tps,
+        decode_tps=decode.tps,
+        prefill_speedup=prefill.speedup,
+        decode_speedup=decode.speedup,
+        verdict=worst(words) if index > 0 else None,
+        timings=tuple(timings),
+    )
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
