@@ -19,7 +19,7 @@ from svdexport.safety.documents import quoted, read_json
 from svdexport.safety.paths import check_name, check_regular, data_file
 
 MAX_PROTO = 2**31 - 1  # what a protobuf message can be
-MAX_FIELDS = 2_000_000
+MAX_FIELDS = 1_500_000
 MAX_DEPTH = 48
 MAX_TEXT = 65_536
 EXTERNAL = 1
@@ -127,13 +127,14 @@ class _Walk:
             message, begin, end, depth = todo.pop()
             if depth > MAX_DEPTH:
                 raise self._error("graphs nested too deeply")
-            if message == _TENSOR:
-                self._tensor(begin, end)
-                continue
             children = _CHILDREN[message]
             for number, wire, value, stop in self._read(begin, end):
                 child = children.get(number)
-                if child is not None and wire == 2:
+                if child is None or wire != 2:
+                    continue
+                if child == _TENSOR:
+                    self._tensor(value, stop)
+                else:
                     graphs += child == _GRAPH
                     todo.append((child, value, stop, depth + 1))
         if graphs == 0:
@@ -217,11 +218,15 @@ class _Walk:
 
     def _read(self, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """Fields of a message: number, wire type, value (or where its bytes begin), their end."""
+        data = self._data
         while at < end:
             self._fields += 1
             if self._fields > MAX_FIELDS:
                 raise self._error(f"more than {MAX_FIELDS} protobuf fields outside of weights")
-            tag, at = self._varint(at, end)
+            tag = data[at]
+            at += 1
+            if tag >= 0x80:
+                tag, at = self._varint(at - 1, end)
             number, wire = tag >> 3, tag & 7
             value, stop = 0, at
             if wire == 0:
