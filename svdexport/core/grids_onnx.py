@@ -17,9 +17,6 @@ BITS = (2, 4, 8)
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-"""Clipping ratios tried per block below 8 bits: a few clipped outliers cost less than a wide step."""
-
 
 @dataclass(frozen=True)
 class NBitsGrid:
@@ -119,25 +116,10 @@ def quantize(weight: np.ndarray, grid: NBitsGrid) -> NBitsTensor:
 def _quantize_rows(
     values: np.ndarray, grid: NBitsGrid
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    best: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-    best_error = np.zeros(values.shape[:2], np.float32)
-    for ratio in _SHRINK if grid.bits < 8 else (1.0,):
-        scale, zero = _symmetric(values, grid) if grid.symmetric else _asymmetric(values, grid)
-        scale = (scale * np.float32(ratio)).astype(np.float32)
-        code = _round(values, scale, zero, grid)
-        error = np.square(_values(code, scale, zero) - values).sum(axis=-1)
-        if best is None:
-            best, best_error = (code, scale, zero), error
-            continue
-        better = error < best_error
-        best_error = np.where(better, error, best_error)
-        best = (
-            np.where(better[..., None], code, best[0]),
-            np.where(better, scale, best[1]),
-            np.where(better, zero, best[2]),
-        )
-    assert best is not None
-    return best
+    scale, zero = _symmetric(values, grid) if grid.symmetric else _asymmetric(values, grid)
+    safe = np.where(scale == 0, np.float32(1), scale)
+    code = np.rint(values / safe[..., None]) + zero[..., None]
+    return np.clip(code, 0, grid.levels - 1).astype(np.uint8), scale, zero
 
 
 def _symmetric(values: np.ndarray, grid: NBitsGrid) -> tuple[np.ndarray, np.ndarray]:
@@ -153,14 +135,6 @@ def _asymmetric(values: np.ndarray, grid: NBitsGrid) -> tuple[np.ndarray, np.nda
     safe = np.where(scale == 0, np.float32(1), scale)
     zero = np.clip(np.rint(-low / safe), 0, grid.levels - 1).astype(np.uint8)
     return scale, zero
-
-
-def _round(
-    values: np.ndarray, scale: np.ndarray, zero: np.ndarray, grid: NBitsGrid
-) -> np.ndarray:
-    safe = np.where(scale == 0, np.float32(1), scale)
-    code = np.rint(values / safe[..., None]) + zero[..., None]
-    return np.clip(code, 0, grid.levels - 1).astype(np.uint8)
 
 
 def _values(code: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
