@@ -108,7 +108,7 @@ def _apply_override(data: dict[str, Any], override: str, where: str) -> None:
         isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
     ):
         raise RecipeError(f"{label}: set a section's keys one by one, as {key}.KEY=VALUE")
-    if key in PATH_KEYS and isinstance(value, str):
+    if key in PATH_KEYS and isinstance(value, str) and value:
         try:
             value = str(Path(value).expanduser().absolute())
         except RuntimeError:
