@@ -1,8 +1,9 @@
 """Build a wheel of llama-cpp-python whose llama.cpp runs low-rank pairs, and print its path.
 
-The source archive of the pinned release comes from PyPI (its hash is checked), gets `low-rank.patch` and is built by pip.
-The wheel also carries llama.cpp's own converter, under `llama_cpp/converter`. It is kept in a cache folder under a key made
-of everything that decides what comes out, so that a second call finds it at once. Progress goes to stderr.
+The source archive of the pinned release comes from PyPI (its hash is checked), gets `low-rank.patch`
+and is built by pip. The wheel also carries llama.cpp's own converter, under `llama_cpp/converter`. It
+is kept in a cache folder under a key made of everything that decides what comes out, so that a second
+call finds it at once. Progress goes to stderr.
 
     python tools/llama_cpp/build.py            the wheel with low-rank.patch
     python tools/llama_cpp/build.py --stock    the unchanged library, to compare with
@@ -26,9 +27,17 @@ VERSION = "0.3.36"
 ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
 ARCHIVE_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 PATCH = Path(__file__).with_name("low-rank.patch")
+RECIPE = "2"  # raise it when what this script makes of archive and patch changes
 CMAKE_ARGS = "-DCMAKE_BUILD_TYPE=Release -DLLAVA_BUILD=OFF -DGGML_NATIVE=ON"
 # llama.cpp's converter and what it imports
-CONVERTER = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py/gguf", "LICENSE")
+CONVERTER = (
+    "convert_hf_to_gguf.py",
+    "convert_lora_to_gguf.py",
+    "conversion",
+    "models/templates",
+    "gguf-py/gguf",
+    "LICENSE",
+)
 
 
 class BuildError(Exception):
@@ -40,7 +49,7 @@ def say(text: str) -> None:
 
 
 def cache_folder() -> Path:
-    """The user's cache folder: $SVDEXPORT_CACHE, $XDG_CACHE_HOME/svdexport or ~/.cache/svdexport."""
+    """$SVDEXPORT_CACHE, $XDG_CACHE_HOME/svdexport or ~/.cache/svdexport."""
     if own := os.environ.get("SVDEXPORT_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -70,13 +79,15 @@ def compiler() -> str:
     """The first line of the C++ compiler's version."""
     command = os.environ.get("CXX", "c++").split()
     if shutil.which(command[0]) is None:
-        raise BuildError("no C++ compiler (c++, or what $CXX names); on Debian: apt install g++ cmake make git")
+        raise BuildError(
+            "no C++ compiler (c++, or what $CXX names); on Debian: apt install g++ cmake make git"
+        )
     found = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     return found.stdout.splitlines()[0]
 
 
 def cpu() -> str:
-    """What -march=native depends on: the processor's instruction sets, or its name where the system does not list them."""
+    """What -march=native depends on: the processor's instruction sets, or else its name."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(errors="replace").splitlines():
@@ -90,11 +101,11 @@ def build_key(stock: bool) -> str:
     parts = [
         ARCHIVE_SHA256,
         "stock" if stock else sha256(PATCH),
-        sha256(Path(__file__)),
+        RECIPE,
         CMAKE_ARGS,
         compiler(),
         cpu(),
-        platform.platform(),
+        "-".join((platform.system(), platform.machine(), *platform.libc_ver())),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -110,7 +121,9 @@ def fetch(cache: Path, log: Path) -> Path:
         run([*pip, "--no-binary", "llama-cpp-python", f"llama-cpp-python=={VERSION}"], log)
         got = Path(folder) / ARCHIVE
         if not got.exists() or sha256(got) != ARCHIVE_SHA256:
-            raise BuildError(f"{ARCHIVE} from the package index does not have the expected sha256 {ARCHIVE_SHA256}")
+            raise BuildError(
+                f"{ARCHIVE} from the package index does not have the sha256 {ARCHIVE_SHA256}"
+            )
         got.replace(archive)
     return archive
 
@@ -133,7 +146,7 @@ def replace_once(path: Path, old: str, new: str) -> None:
 
 
 def prepare(source: Path, key: str, stock: bool, log: Path) -> None:
-    """Apply the patch, name the version, leave out what the wheel does not need and add the converter."""
+    """Apply the patch, name the version, leave out what the wheel does not need, add the converter."""
     llama = source / "vendor" / "llama.cpp"
     # the archive's git links lead nowhere, and git would stumble over them
     for link in (source / ".git", llama / ".git"):
@@ -142,9 +155,20 @@ def prepare(source: Path, key: str, stock: bool, log: Path) -> None:
         else:
             link.unlink(missing_ok=True)
     if not stock:
-        run(["git", "apply", str(PATCH.resolve())], log, cwd=llama, GIT_CEILING_DIRECTORIES=str(source))
-        replace_once(source / "llama_cpp" / "__init__.py", f'"{VERSION}"', f'"{VERSION}+lowrank1.{key[:8]}"')
-    replace_once(source / "CMakeLists.txt", "set(LLAMA_BUILD_COMMON ON CACHE", "set(LLAMA_BUILD_COMMON OFF CACHE")
+        run(
+            ["git", "apply", str(PATCH.resolve())],
+            log,
+            cwd=llama,
+            GIT_CEILING_DIRECTORIES=str(source),
+        )
+        replace_once(
+            source / "llama_cpp" / "__init__.py", f'"{VERSION}"', f'"{VERSION}+lowrank1.{key[:8]}"'
+        )
+    replace_once(
+        source / "CMakeLists.txt",
+        "set(LLAMA_BUILD_COMMON ON CACHE",
+        "set(LLAMA_BUILD_COMMON OFF CACHE",
+    )
     for name in CONVERTER:
         target = source / "llama_cpp" / "converter" / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -154,6 +178,24 @@ def prepare(source: Path, key: str, stock: bool, log: Path) -> None:
             shutil.copy2(llama / name, target)
 
 
+def make(cache: Path, work: Path, key: str, stock: bool) -> Path:
+    """Build the wheel in `work`; returns its folder. If that fails the log is kept in the cache."""
+    log = work / "build.log"
+    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    out = work / "out"
+    try:
+        source = unpack(fetch(cache, log), work)
+        prepare(source, key, stock, log)
+        say(f"building {'the unchanged library' if stock else 'with low-rank pairs'}, {jobs} jobs")
+        pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(out)]
+        environment = {"CMAKE_ARGS": CMAKE_ARGS, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs)}
+        run([*pip, str(source)], log, **environment)
+    except BuildError:
+        shutil.copy2(log, cache / "failed.log")
+        raise
+    return out
+
+
 def build(stock: bool) -> Path:
     """The wheel's path in the cache; builds it if it is not there yet."""
     cache = cache_folder() / "llama_cpp"
@@ -161,33 +203,25 @@ def build(stock: bool) -> Path:
     final = cache / f"{'stock' if stock else 'lowrank'}-{key}"
     if not final.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as name:
-            work = Path(name)
-            log = work / "build.log"
-            started = time.monotonic()
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as work:
+            out = make(cache, Path(work), key, stock)
             try:
-                source = unpack(fetch(cache, log), work)
-                prepare(source, key, stock, log)
-                jobs = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-                say(f"building {'the unchanged library' if stock else 'with low-rank pairs'} ({jobs} jobs; some minutes)")
-                pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(work / "out"), str(source)]
-                run(pip, log, CMAKE_ARGS=CMAKE_ARGS, CMAKE_BUILD_PARALLEL_LEVEL=jobs)
-            except BaseException:
-                if log.exists():
-                    shutil.copy2(log, cache / "failed.log")
-                raise
-            say(f"built in {time.monotonic() - started:.0f} s")
-            try:
-                (work / "out").rename(final)
+                out.rename(final)
             except OSError:
-                if not final.exists():  # another build of the same key came first
+                if not final.exists():  # else another build of the same key came first
                     raise
+        say(f"built in {time.monotonic() - started:.0f} s")
     return next(final.glob("*.whl"))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stock", action="store_true", help="build the library without low-rank.patch")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--stock", action="store_true", help="build the library without low-rank.patch"
+    )
     stock: bool = parser.parse_args().stock
     try:
         print(build(stock))

@@ -1,0 +1,68 @@
+"""Against the unchanged library: a dense file gives the same bits, and a file with pairs is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.runtime import models
+from tests.runtime.models import TinyModel, as_pairs, decoder
+from tests.runtime.session import logits, supports_low_rank
+
+ROOT = Path(__file__).parents[2]
+SESSION = Path(__file__).with_name("session.py")
+
+# the first build of the unchanged library takes minutes
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the package llama_cpp with the unchanged library."""
+    build = [sys.executable, str(ROOT / "tools" / "llama_cpp" / "build.py"), "--stock"]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"the unchanged library cannot be built here: {done.stderr[-500:]}")
+    folder = tmp_path_factory.mktemp("stock")
+    with zipfile.ZipFile(done.stdout.strip()) as wheel:
+        wheel.extractall(folder)
+    return folder
+
+
+def run_stock(stock: Path, model: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SESSION), str(model), str(out)],
+        env=os.environ | {"PYTHONPATH": str(stock)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+DENSE = {
+    "llama": decoder(),
+    "qwen2": decoder("qwen2", biases=True),
+    "mixture of experts": decoder(experts=models.EXPERTS),
+    "plm": models.multi_latent(),
+}
+
+
+@pytest.mark.parametrize("model", DENSE.values(), ids=DENSE.keys())
+def test_dense_file_is_bit_for_bit_the_same(tmp_path: Path, stock: Path, model: TinyModel) -> None:
+    assert supports_low_rank()
+    path = model.write(tmp_path / "dense.gguf")
+    done = run_stock(stock, path, tmp_path / "stock.npy")
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(logits(path), np.load(tmp_path / "stock.npy"))
+
+
+def test_stock_refuses_pairs(tmp_path: Path, stock: Path) -> None:
+    done = run_stock(stock, as_pairs(decoder()).write(tmp_path / "pairs.gguf"), tmp_path / "x.npy")
+    assert done.returncode != 0
+    assert "tensor 'blk.0.attn_q.weight' not found" in done.stderr
