@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 
 from svdexport.errors import InputError, RecipeError
 from svdexport.recipe import load_recipe
-from svdexport.safety import check_gguf, check_onnx, check_safetensors
+from svdexport.safety import check_gguf, check_model_folder, check_onnx, check_safetensors
 from svdexport.safety.documents import parse_json
 from tests.hostile.makers import (
+    CONFIG,
     gguf_bytes,
     llama_tensors,
     onnx_external,
@@ -34,6 +36,14 @@ SEEDS: dict[str, tuple[Callable[[Path], Any], bytes]] = {
     "m.safetensors": (check_safetensors, SAFETENSORS),
     "m.onnx": (check_onnx, ONNX),
     "r.yaml": (load_recipe, TEXT.encode()),
+    "config.json": (lambda path: check_model_folder(path.parent), json.dumps(CONFIG).encode()),
+}
+FILES = {
+    "gguf": "m.gguf",
+    "safetensors": "m.safetensors",
+    "onnx": "m.onnx",
+    "recipe": "r.yaml",
+    "folder": "config.json",
 }
 EDITS = st.lists(
     st.tuples(
@@ -54,6 +64,7 @@ def survive(name: str, content: bytes) -> None:
     check, _ = SEEDS[name]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "w.data").write_bytes(bytes(16))
+        (Path(folder) / "model.safetensors").write_bytes(SAFETENSORS)
         path = Path(folder) / name
         path.write_bytes(content)
         try:
@@ -69,6 +80,7 @@ def survive(name: str, content: bytes) -> None:
 def test_the_seeds_are_sound(name: str, tmp_path: Path) -> None:
     check, content = SEEDS[name]
     (tmp_path / "w.data").write_bytes(bytes(16))
+    (tmp_path / "model.safetensors").write_bytes(SAFETENSORS)
     (tmp_path / name).write_bytes(content)
     check(tmp_path / name)
 
@@ -119,3 +131,16 @@ def test_any_json_as_a_safetensors_header(header: dict[str, Any]) -> None:
 def test_our_reading_of_json_is_jsons_own(data: dict[str, Any]) -> None:
     text = json.dumps(data)
     assert json.dumps(parse_json(text.encode(), "x", constants=True)) == text
+
+
+CORPORA = sorted((Path(__file__).parent / "corpus").glob("*.zip"))
+
+
+@pytest.mark.parametrize("archive", CORPORA, ids=lambda path: path.stem)
+def test_what_coverage_guided_fuzzing_found(archive: Path) -> None:
+    """Inputs that reached new code in ``tools/fuzz/run.py``, once more."""
+    name = FILES[archive.stem]
+    with zipfile.ZipFile(archive) as inputs:
+        assert inputs.namelist()
+        for entry in inputs.namelist():
+            survive(name, inputs.read(entry))
