@@ -34,6 +34,7 @@ class GenaiRuntime:
         self.threads = threads
         self.context = context
         self._genai = genai
+        check_onnx(path)
         settings = _read_settings(path)
         decoder = settings["model"]["decoder"]
         check_onnx(path / decoder["filename"])

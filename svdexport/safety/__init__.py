@@ -10,6 +10,7 @@ from svdexport.safety.headers import (
     check_safetensors,
 )
 from svdexport.safety.model_folder import ModelFolder, check_model_folder
+from svdexport.safety.network import no_network
 
 __all__ = [
     "GgufHeader",
@@ -22,4 +23,5 @@ __all__ = [
     "check_model_folder",
     "check_onnx",
     "check_safetensors",
+    "no_network",
 ]
