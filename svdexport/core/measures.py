@@ -69,8 +69,8 @@ class Parity:
 
     `top1_agreement` is a share of positions, `max_abs_diff` and `mean_abs_diff` are in logits,
     `spread` is the standard deviation of the reference's logits, `relative` is the root mean
-    square difference over `spread`. `problems` says which tolerance was missed; empty means the
-    file passed.
+    square difference over `spread`, `worst_relative` the same at the worst position. `problems`
+    says which tolerance was missed; empty means the file passed.
     """
 
     top1_agreement: float
@@ -78,6 +78,7 @@ class Parity:
     mean_abs_diff: float
     spread: float
     relative: float
+    worst_relative: float
     positions: int
     min_top1: float
     max_relative: float

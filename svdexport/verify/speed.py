@@ -62,7 +62,8 @@ def measure(
 
     Args:
         runtimes: loaded artifacts, each opened with `settings.threads` threads.
-        settings: lengths in tokens, rounds (at least 9), seed of prompts and bootstrap.
+        settings: lengths in tokens, rounds (below 9 the verdict is `inconclusive`), seed of
+            prompts and bootstrap.
         progress: called with the metric's name, rounds done and rounds planned.
 
     Raises RecipeError for settings that cannot give a verdict.
@@ -78,6 +79,8 @@ def measure(
     notes = []
     if settings.threads > usable_cores():
         notes.append(f"{settings.threads} threads share {usable_cores()} cores")
+    if settings.rounds < MIN_ROUNDS:
+        notes.append(f"{settings.rounds} rounds are too few for a verdict: {MIN_ROUNDS} at least")
     return SpeedReport(artifacts, worst(words), settings, describe(), tuple(notes))
 
 
@@ -87,8 +90,9 @@ def worst(words: Sequence[SpeedWord]) -> SpeedWord:
 
 
 def judge(speedup: Speedup, disturbed: int, rounds: int) -> SpeedWord:
-    """Verdict of a metric: `slower` where the whole interval is below 1, `ok` where it is not."""
-    if disturbed > MAX_DISTURBED * rounds:
+    """Verdict of a metric: `slower` where the whole interval lies below 1, `ok` where it lies
+    above `SAME`; `inconclusive` where it holds both, and for disturbed or too few rounds."""
+    if disturbed > MAX_DISTURBED * rounds or rounds < MIN_ROUNDS:
         return "inconclusive"
     if speedup.low >= SAME:
         return "ok"
@@ -98,17 +102,14 @@ def judge(speedup: Speedup, disturbed: int, rounds: int) -> SpeedWord:
 def _check(runtimes: Sequence[Runtime], settings: SpeedSettings) -> None:
     if not runtimes:
         raise RecipeError("speed: nothing to measure")
-    if settings.rounds < MIN_ROUNDS:
-        raise RecipeError(
-            f"speed: rounds is {settings.rounds}; below {MIN_ROUNDS} no interval holds"
-        )
     if (
         settings.threads < 1
+        or settings.rounds < 1
         or settings.decode < 1
         or not settings.prefill
         or min(settings.prefill) < 1
     ):
-        raise RecipeError("speed: threads, prefill lengths and decode must be 1 or more")
+        raise RecipeError("speed: threads, rounds, prefill lengths and decode must be 1 or more")
     for runtime in runtimes:
         if runtime.threads != settings.threads:
             raise RecipeError(

@@ -147,7 +147,7 @@ def artifact(
         bytes=size,
         quality=quality(ppl, kld, same),
         speed=speed(path, runtime, size, base * (ratio or 1.0), ratio),
-        parity=Parity(0.998, 0.21, 0.02, 3.1, 0.008, 96, 0.95, 0.08) if compressed else None,
+        parity=Parity(0.998, 0.21, 0.02, 3.1, 0.008, 0.02, 96, 0.85, 0.12) if compressed else None,
         files={path: "ab" * 32} if compressed else {},
         tensors={"blk.0.attn_q.lr_b.weight": TensorHash((96, 576), kind, 58752, "cd" * 32)}
         if compressed

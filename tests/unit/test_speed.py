@@ -127,6 +127,15 @@ def test_verdict_of_an_interval(
     assert speed.judge(Speedup(*interval), disturbed, 9) == word
 
 
+def test_too_few_rounds_give_figures_and_no_verdict(tmp_path: Path) -> None:
+    report = speed.measure(
+        pair_of_runtimes(tmp_path, 1, width=8), dataclasses.replace(SETTINGS, rounds=1)
+    )
+    assert report.verdict == "inconclusive" and "too few" in report.notes[0]
+    assert report.artifacts[1].decode_tps > 0
+    assert speed.judge(Speedup(1.5, 1.4, 1.6), 0, 8) == "inconclusive"
+
+
 def test_worst_verdict_wins() -> None:
     assert speed.worst(["ok", "inconclusive", "slower"]) == "slower"
     assert speed.worst(["ok", "inconclusive"]) == "inconclusive"
