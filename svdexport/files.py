@@ -17,7 +17,11 @@ from svdexport.errors import ResourceError, SvdexportError
 MAX_JSON = 64 * 2**20
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Native libraries report exhaustion as text in exceptions of their own.
-_NO_SPACE_TEXT = ("no space left", "disk quota exceeded", "file too large")
+# NumPy's tofile states only how much it wrote; torch.save passes on that of its stream.
+_NO_SPACE_TEXT = (
+    *("no space left", "disk quota exceeded", "file too large"),
+    *("requested and", "iostream error", "unexpected pos"),
+)
 _NO_MEMORY_TEXT = ("not enough memory", "cannot allocate memory", "bad_alloc", "out of memory")
 
 

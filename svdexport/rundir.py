@@ -173,6 +173,8 @@ class RunDir:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
+        for part in self.work.rglob(".*.part"):  # of writes that were killed
+            part.unlink(missing_ok=True)
         self.published = same and begun.get("complete") is True and is_ours(self.out)
         if self._restart or not self.published:
             self._write_run(complete=False)
@@ -265,7 +267,11 @@ def _check_work(work: Path) -> None:
     """The work folder must be absent, empty, or one that a run of ours began."""
     if work.is_symlink() or (work.exists() and not work.is_dir()):
         raise RecipeError(f"{work}: not a folder; remove it, the run works there")
-    if work.exists() and not {path.name for path in work.iterdir()} <= {"lock"}:
+    if not work.exists():
+        return
+    # A run that was killed at its very beginning leaves the lock and a part of its first record.
+    names = {path.name for path in work.iterdir() if not path.name.startswith(f".{_RUN}.")}
+    if not names <= {"lock"}:
         record = read_json(work / _RUN)
         if not isinstance(record, dict) or record.get("tool") != MANIFEST_TOOL:
             raise RecipeError(f"{work}: not a work folder of svdexport; move it away")

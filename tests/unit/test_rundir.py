@@ -195,6 +195,8 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         OSError(errno.EFBIG, "File too large"),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+        OSError("100000 requested and 496 written"),
+        RuntimeError("basic_ios::clear: iostream error"),
         RuntimeError("Error: I/O error: No space left on device (os error 28)"),
     ],
 )
