@@ -88,6 +88,11 @@ Pattern: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000)]
 Count: TypeAlias = Annotated[int, Field(ge=1, le=10**9)]
 
 
+GgufType: TypeAlias = Literal[
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_NL", "Q3_K", "Q2_K"
+]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -168,10 +173,36 @@ class Compress(_Section):
 
 
 class GgufExport(_Section):
-    """A GGUF file; ``type`` is that of the linears' weights, factors included."""
+    """A GGUF file; ``type`` is that of the linears' weights, factors included.
+
+    ``type_a``, ``type_b``: another type for the first or second factors. ``embedding_type``,
+    ``head_type``: for the token embedding and the output head; without them they get what
+    llama.cpp's own quantiser gives them (a tied embedding counts as the head). ``form``: ``pairs``
+    needs the llama.cpp that svdexport builds; ``stock`` writes the reconstructed dense weights,
+    and ``stock_lora`` the quantised remainder W - B A with the pairs as a LoRA adapter in a
+    second file, both for an unchanged llama.cpp.
+    """
 
     format: Literal["gguf"] = "gguf"
-    type: Literal["F32", "F16", "Q8_0", "Q4_0"] = "Q8_0"
+    type: GgufType = "Q8_0"
+    type_a: GgufType | None = None
+    type_b: GgufType | None = None
+    embedding_type: GgufType | None = None
+    head_type: GgufType | None = None
+    form: Literal["pairs", "stock", "stock_lora"] = "pairs"
+
+    @property
+    def label(self) -> str:
+        """Type and what differs from the defaults, for file names: ``Q4_0``, ``Q4_0-b-Q8_0``."""
+        parts = {
+            "a": self.type_a,
+            "b": self.type_b,
+            "embedding": self.embedding_type,
+            "head": self.head_type,
+        }
+        given = [f"-{key}-{value}" for key, value in parts.items() if value is not None]
+        form = "" if self.form == "pairs" else f"-{self.form.replace('_', '-')}"
+        return f"{self.type}{''.join(given)}{form}"
 
 
 class OnnxExport(_Section):
