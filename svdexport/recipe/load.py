@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -247,8 +247,17 @@ def _literal_choices(loc: Sequence[str | int]) -> list[str]:
     choices: list[str] = []
     for field in fields:
         if field is not None:
-            choices.extend(str(choice) for choice in get_args(field.annotation))
+            choices.extend(map(str, _literals(field.annotation)))
     return list(dict.fromkeys(choices))
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    """The values of a Literal, also where it is optional."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    else:
+        for part in get_args(annotation):
+            yield from _literals(part)
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
