@@ -10,9 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import onnx
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from onnx.external_data_helper import _get_all_tensors
+from safetensors import safe_open
 
 from svdexport.errors import InputError, RecipeError
 from svdexport.recipe import load_recipe
@@ -59,6 +64,26 @@ EDITS = st.lists(
 )
 
 
+def libraries_agree(path: Path) -> None:
+    """What a check accepts, the library behind it reads, and finds the same in it."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="np") as file:
+            assert set(file.keys()) == set(check_safetensors(path).tensors)
+    elif path.suffix == ".gguf":
+        reader = gguf.GGUFReader(path)
+        found = {t.name: (t.data_offset, t.n_bytes) for t in reader.tensors}
+        ours = check_gguf(path).tensors
+        assert found == {name: (t.offset, t.nbytes) for name, t in ours.items()}
+    elif path.suffix == ".onnx":
+        try:
+            model = onnx.load(path, load_external_data=False)
+        except DecodeError:
+            return
+        for tensor in _get_all_tensors(model):
+            for entry in tensor.external_data:
+                assert entry.key != "location" or entry.value == "w.data"
+
+
 def survive(name: str, content: bytes) -> None:
     """Any outcome but acceptance or a one-line refusal fails."""
     check, _ = SEEDS[name]
@@ -74,6 +99,8 @@ def survive(name: str, content: bytes) -> None:
             assert lines
             assert all(line.isprintable() for line in lines)
             assert len(lines) == 1 or name == "r.yaml"
+        else:
+            libraries_agree(path)
 
 
 @pytest.mark.parametrize("name", SEEDS)
