@@ -1,4 +1,4 @@
-"""Errors meant for people: one line that names the file, what is wrong and what to do, with an exit code."""
+"""Errors meant for people: one line that names the file and what to do, with an exit code."""
 
 from __future__ import annotations
 

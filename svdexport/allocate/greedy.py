@@ -1,7 +1,8 @@
-"""One global pass: the predicted loss per parameter decides every rank, and which linears stay dense."""
+"""One global pass: the predicted loss per parameter decides ranks, and which linears stay dense."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,7 +28,7 @@ def allocate(
     """
     budget = int(param_ratio * sum(item.dense_params for item in candidates))
     options = {item.name: _options(item, multiple) for item in candidates}
-    level = {name: 0 for name in options}
+    level = dict.fromkeys(options, 0)
     spent = sum(choices[0][0] for choices in options.values())
     if spent > budget:
         raise RecipeError(
@@ -44,9 +45,7 @@ def allocate(
         if end > level[name] and spent + extra <= budget:
             spent, level[name] = spent + extra, end
     _spend_rest(options, level, budget - spent)
-    return {
-        item.name: _allocation(options[item.name], level[item.name]) for item in candidates
-    }
+    return {item.name: _allocation(options[item.name], level[item.name]) for item in candidates}
 
 
 def _dense(candidates: Sequence[Candidate]) -> int:
@@ -74,7 +73,7 @@ def _hull_segments(options: list[_Option]) -> list[tuple[float, int]]:
         ):
             hull.pop()
         hull.append(i)
-    return [(_slope(options, a, b), b) for a, b in zip(hull, hull[1:], strict=False)]
+    return [(_slope(options, a, b), b) for a, b in itertools.pairwise(hull)]
 
 
 def _slope(options: list[_Option], a: int, b: int) -> float:

@@ -50,7 +50,7 @@ def pair_params(rank: int, out_features: int, in_features: int) -> int:
 
 
 def break_even_rank(out_features: int, in_features: int) -> int:
-    """Largest rank at which a pair has fewer parameters than the dense matrix (m x n); 0 if none."""
+    """Largest rank at which a pair has fewer parameters than the dense matrix (m x n), or 0."""
     return (out_features * in_features - 1) // (out_features + in_features)
 
 

@@ -69,8 +69,10 @@ class Parity:
 
     `top1_agreement` is a share of positions, `max_abs_diff` and `mean_abs_diff` are in logits,
     `spread` is the standard deviation of the reference's logits, `relative` is the root mean
-    square difference over `spread`, `worst_relative` the same at the worst position. `problems`
-    says which tolerance was missed; empty means the file passed.
+    square difference over `spread`, `worst_relative` the same at the worst position.
+    `activation_noise` is the relative difference that 8-bit activations alone make in torch, None
+    where the runtime keeps them exact. `problems` says which tolerance was missed; empty means
+    the file passed.
     """
 
     top1_agreement: float
@@ -82,6 +84,7 @@ class Parity:
     positions: int
     min_top1: float
     max_relative: float
+    activation_noise: float | None = None
     problems: tuple[str, ...] = ()
 
     @property

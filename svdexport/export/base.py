@@ -50,7 +50,7 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an exporter wrote; ``notes`` say what was rounded, kept dense or made larger, and why."""
+    """What an exporter wrote; ``notes`` say what was rounded, kept dense or made larger and why."""
 
     path: Path
     format: str

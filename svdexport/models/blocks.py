@@ -1,4 +1,4 @@
-"""The structure of a decoder, found by running it: blocks, linears, and linears that share an input.
+"""The structure of a decoder, found by running it: blocks, linears, and which share an input.
 
 The model runs once on the meta device (shapes only, no weights), so that a configuration alone
 is enough and nothing depends on the names an architecture gives its layers.
@@ -104,7 +104,10 @@ def discover(model: nn.Module) -> Structure:
                     continue
 
                 def note_input(
-                    _m: nn.Module, args: Any, kwargs: Any, key: tuple[int, str] = (index, f"{path}.{name}")
+                    _m: nn.Module,
+                    args: Any,
+                    kwargs: Any,
+                    key: tuple[int, str] = (index, f"{path}.{name}"),
                 ) -> None:
                     calls.append((*key, args[0] if args else kwargs["input"]))
 

@@ -1,0 +1,175 @@
+"""The library's face: what the command line does, as functions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from svdexport.pipeline.job import Job, ModelUnderWork, default_threads
+from svdexport.pipeline.reporter import Reporter
+from svdexport.pipeline.run import Invocation, Outcome
+from svdexport.pipeline.run import run as run_job
+from svdexport.pipeline.stages import run_compression
+from svdexport.recipe import Recipe, load_recipe, recipe_hash
+from svdexport.report.result import RunResult
+from svdexport.rundir import RunDir
+
+__all__ = ["bench", "compress", "evaluate", "export", "inspect", "plan", "run", "verify"]
+
+
+@contextlib.contextmanager
+def _job(
+    recipe_path: Path,
+    out: Path | None,
+    overrides: Sequence[str],
+    restart: bool,
+    reporter: Reporter | None,
+) -> Iterator[Job]:
+    recipe = load_recipe(recipe_path, overrides)
+    place = out or Path("out") / recipe_path.stem
+    rundir = RunDir(
+        place, recipe_hash=recipe_hash(recipe), protected=protected(recipe), restart=restart
+    )
+    threads = recipe.speed.threads or default_threads()
+    with rundir:
+        yield Job(recipe, rundir, reporter or Reporter(quiet=True), threads)
+
+
+def protected(recipe: Recipe) -> list[Path]:
+    """What a run reads and must not overwrite."""
+    paths = [recipe.model.path, recipe.model.gguf, recipe.calibration.file, recipe.evaluate.text]
+    return [path for path in paths if path is not None]
+
+
+def run(
+    recipe: Path | str,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    restart: bool = False,
+    reporter: Reporter | None = None,
+    command: str = "",
+) -> Outcome:
+    """Run a recipe from model to verdict; resumes an unfinished run of the same recipe.
+
+    Args:
+        recipe: the YAML file. out: output folder (default: ``out/<recipe's name>``).
+        overrides: ``key=value`` as of ``--set``.
+
+    Returns: the result, and the published folder where every gate passed.
+
+    Raises:
+        RecipeError, InputError, ResourceError: see ``svdexport.errors``.
+    """
+    path = Path(recipe)
+    invocation_text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    with _job(path, out, overrides, restart, reporter) as job:
+        return run_job(job, Invocation(invocation_text, tuple(overrides), command))
+
+
+def compress(
+    recipe: Path | str,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    reporter: Reporter | None = None,
+) -> Path:
+    """The stages up to the compressed checkpoint, whose folder (float32 factors) is returned."""
+    with _job(Path(recipe), out, overrides, False, reporter) as job:
+        return run_compression(job, ModelUnderWork(job)).checkpoint
+
+
+def export(
+    recipe: Path | str,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    reporter: Reporter | None = None,
+) -> list[Path]:
+    """The stages up to the exported and checked files, left in the run's staging folder."""
+    from svdexport.pipeline.artifacts import export_all
+
+    with _job(Path(recipe), out, overrides, False, reporter) as job:
+        model = ModelUnderWork(job)
+        job.rundir.staging.mkdir(exist_ok=True)
+        compressed = run_compression(job, model)
+        artifacts = export_all(job, model, compressed.checkpoint, compressed.key)
+        return [artifact.path for artifact in artifacts if artifact.role == "compressed"]
+
+
+def plan(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a recipe would do, from headers alone: ranks, bytes, memory. No weights are read."""
+    from svdexport.pipeline.dryrun import dry_run
+
+    return dry_run(load_recipe(Path(recipe), overrides))
+
+
+def verify(folder: Path) -> RunResult:
+    """Rehash a published folder's files and tensors. Raises InputError naming what differs."""
+    from svdexport.verify.recheck import recheck
+
+    return recheck(folder)
+
+
+def evaluate(
+    artifact: Path,
+    text: Path,
+    *,
+    reference: Path | None = None,
+    context: int = 1024,
+    windows: int | None = None,
+    runtime: str | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Perplexity of any artifact on a text, and its divergence from a reference artifact.
+
+    Windows are consecutive, without overlap and without a begin token.
+    """
+    from svdexport.pipeline.tools import evaluate_artifact
+
+    return evaluate_artifact(
+        artifact,
+        text,
+        reference,
+        context,
+        windows,
+        runtime,
+        threads or default_threads(),
+        reporter or Reporter(quiet=True),
+    )
+
+
+def bench(
+    artifacts: Sequence[Path],
+    *,
+    baseline: Path | None = None,
+    rounds: int = 9,
+    prefill: Sequence[int] = (128, 512),
+    decode: int = 64,
+    runtime: str | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Time artifacts in turn; the first is the baseline unless one is named."""
+    from svdexport.pipeline.tools import bench_artifacts
+
+    paths = [baseline, *artifacts] if baseline is not None else list(artifacts)
+    return bench_artifacts(
+        paths,
+        rounds,
+        tuple(prefill),
+        decode,
+        runtime,
+        threads or default_threads(),
+        reporter or Reporter(quiet=True),
+    )
+
+
+def inspect(artifact: Path) -> dict[str, Any]:
+    """What an artifact holds, layer by layer, and which runtime it needs. Headers only."""
+    from svdexport.pipeline.tools import inspect_artifact
+
+    return inspect_artifact(artifact)

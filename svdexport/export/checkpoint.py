@@ -1,0 +1,159 @@
+"""Hugging Face checkpoint folders: the work checkpoint, and the ``checkpoint`` export format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from svdexport.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, PairSpec, low_rank_config
+from svdexport.export.base import Exported, ExportRequest, TensorRecord
+from svdexport.files import write_atomic
+from svdexport.recipe import CheckpointExport
+from svdexport.safety.headers import check_safetensors
+
+SHARD_BYTES = 2 * 10**9
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+Named = tuple[str, Tensor]
+
+
+def write_checkpoint(
+    out: Path,
+    source: Path,
+    config: dict[str, Any],
+    tensors: Iterable[Named],
+) -> dict[str, TensorRecord]:
+    """Write a folder: weights in shards of at most 2 GB, the given config, the source's tokenizer.
+
+    Args:
+        out: folder to create. source: folder whose tokenizer files are copied as they are.
+        tensors: streamed; at most one shard of them is held.
+
+    Returns: what was meant to be written, by tensor name.
+    """
+    out.mkdir(parents=True)
+    records: dict[str, TensorRecord] = {}
+    shards: list[list[str]] = []
+    for number, shard in enumerate(_shards(tensors)):
+        for name, tensor in shard.items():
+            records[name] = _record(tensor)
+        save_file(shard, out / f"shard-{number}", metadata={"format": "pt"})
+        shards.append(list(shard))
+    _name_shards(out, shards, records)
+    write_atomic(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    return records
+
+
+def _shards(tensors: Iterable[Named]) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if shard and size + nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.contiguous()
+        size += nbytes
+    yield shard
+
+
+def _name_shards(out: Path, shards: list[list[str]], records: dict[str, TensorRecord]) -> None:
+    if len(shards) == 1:
+        (out / "shard-0").rename(out / SINGLE_NAME)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (out / f"shard-{number}").rename(out / file)
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(record.nbytes for record in records.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_atomic(out / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def _record(tensor: Tensor) -> TensorRecord:
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorRecord.of(tuple(tensor.shape), dtype, data.data)
+
+
+def compressed_config(config: dict[str, Any], low_rank: dict[str, PairSpec]) -> dict[str, Any]:
+    """The source's config with the pairs described; unchanged where there are none."""
+    changed = {key: value for key, value in config.items() if key != "quantization_config"}
+    return changed | ({"quantization_config": low_rank_config(low_rank)} if low_rank else {})
+
+
+def assembled(
+    source: Checkpoint, low_rank: dict[str, PairSpec], pairs: Iterable[dict[str, Tensor]]
+) -> Iterator[Named]:
+    """Tensors of a compressed checkpoint: the source's, pairs in the place of their linears."""
+    replaced = {f"{name}.weight" for name in low_rank}
+    for name, tensor in source.iter_tensors():
+        if name not in replaced:
+            yield name, tensor
+    for made in pairs:
+        yield from sorted(made.items())
+
+
+def export(request: ExportRequest) -> Exported:
+    """The ``checkpoint`` format: the work checkpoint in the dtype that the recipe asks for."""
+    spec = request.spec
+    assert isinstance(spec, CheckpointExport)
+    checkpoint = request.checkpoint
+    name = spec.dtype
+    if name == "source":
+        name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "")
+        name = name if name in DTYPES else "float32"
+    dtype = DTYPES[name]
+    config = checkpoint.config | {"dtype": name, "torch_dtype": name}
+    cast = (
+        (key, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        for key, tensor in checkpoint.iter_tensors()
+    )
+    records = write_checkpoint(request.out, request.source, config, cast)
+    total = sum(f.stat().st_size for f in request.out.glob("*.safetensors"))
+    return Exported(request.out, "checkpoint", name, total, records)
+
+
+def read_back(
+    path: Path, checkpoint: Checkpoint, source: Path, source_gguf: Path | None, work: Path
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors of the written folder as float32, under their own names."""
+    for name, tensor in Checkpoint.open(path).iter_tensors():
+        yield name, tensor.float().numpy()
+
+
+def check_round_trip(path: Path, tensors: dict[str, TensorRecord]) -> list[str]:
+    """Compare shapes, types and bytes of the written folder with what was meant."""
+    for file in sorted(path.glob("*.safetensors")):
+        check_safetensors(file)
+    written = Checkpoint.open(path)
+    problems = [f"{name}: not in the file" for name in tensors if not written.has(name)]
+    for name, tensor in written.iter_tensors():
+        if name not in tensors:
+            problems.append(f"{name}: not meant to be there")
+        elif _record(tensor) != tensors[name]:
+            problems.append(f"{name}: differs from what was meant")
+    return problems

@@ -1,0 +1,181 @@
+"""Calibration and evaluation tokens: text the model writes itself, a text file, or a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdexport.errors import MissingExtraError, RecipeError
+from svdexport.recipe import Calibration
+
+GENERATE_BATCH = 32  # sequences written together: decoding is bound by reading the weights
+TOP_P = 0.95
+EVALUATION_SEED = 2**31  # added to the seed: the held-out text is never the calibration text
+
+Progress = Callable[[str, int, int], None]
+
+
+def calibration_tokens(
+    calibration: Calibration, model: Any, tokenizer: Any, progress: Progress
+) -> Tensor:
+    """Samples of equal length, (samples, length), int64.
+
+    Raises RecipeError where the text is empty, not UTF-8 or shorter than what is asked for.
+    """
+    samples, length = calibration.samples, calibration.length
+    if calibration.source == "self":
+        return write_text(model, samples, length, calibration.seed, progress)
+    where, text = _given_text(calibration)
+    tokens = tokenize(tokenizer, text)
+    return _spread(tokens, samples, length, where)
+
+
+def evaluation_tokens(
+    text: Path | None,
+    context: int,
+    windows: int,
+    seed: int,
+    model: Any,
+    tokenizer: Any,
+    progress: Progress,
+) -> Tensor:
+    """Windows of ``context`` tokens, (windows, context): from the start of the text file, or
+    held-out text that the model writes."""
+    if text is None:
+        return write_text(model, windows, context, seed + EVALUATION_SEED, progress)
+    return consecutive(tokenize(tokenizer, read_text(text)), context, windows, str(text))
+
+
+def consecutive(tokens: list[int], context: int, windows: int, where: str) -> Tensor:
+    """The first ``windows`` windows without overlap; RecipeError where not one is full."""
+    count = min(windows, len(tokens) // context)
+    if count == 0:
+        raise RecipeError(
+            f"{where}: {len(tokens)} tokens are less than one window of {context}; "
+            f"give more text or a smaller context"
+        )
+    return torch.tensor(tokens[: count * context], dtype=torch.long).view(count, context)
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Token ids without special tokens; parts at line ends keep long texts fast."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file; RecipeError where it is missing, empty or something else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    if not text.strip():
+        raise RecipeError(f"{path}: the text is empty")
+    return text
+
+
+def _given_text(calibration: Calibration) -> tuple[str, str]:
+    if calibration.source == "file":
+        assert calibration.file is not None
+        return str(calibration.file), read_text(calibration.file)
+    return str(calibration.dataset), _dataset_text(calibration)
+
+
+def _dataset_text(calibration: Calibration) -> str:
+    """The text column of a local folder or file that ``datasets`` can load."""
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError("datasets", "calibration.source: dataset") from None
+    path = Path(str(calibration.dataset))
+    where = f"{path}, split {calibration.split}"
+    if not path.exists():
+        raise RecipeError(f"calibration.dataset: {path}: no such file or folder")
+    try:
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(str(path))
+            data = loaded[calibration.split] if isinstance(loaded, dict) else loaded
+        else:
+            data = datasets.load_dataset(str(path), split=calibration.split)
+    except Exception as error:  # datasets raises many types for an unreadable folder
+        raise RecipeError(f"{where}: datasets cannot load it ({error})") from None
+    if calibration.column not in data.column_names:
+        raise RecipeError(
+            f"{where}: no column {calibration.column!r}; it has {', '.join(data.column_names)}"
+        )
+    text = "\n".join(str(row) for row in data[calibration.column])
+    if not text.strip():
+        raise RecipeError(f"{where}: the column {calibration.column!r} holds no text")
+    return text
+
+
+def _spread(tokens: list[int], samples: int, length: int, where: str) -> Tensor:
+    """Samples spread evenly over the text, so that all of it counts; none overlap."""
+    available = len(tokens) // length
+    if available == 0:
+        raise RecipeError(
+            f"{where}: {len(tokens)} tokens are shorter than one sequence of {length}; "
+            f"give more text or a smaller calibration.length"
+        )
+    count = min(samples, available)
+    starts = [i * available // count * length for i in range(count)]
+    return torch.tensor([tokens[s : s + length] for s in starts], dtype=torch.long)
+
+
+@torch.no_grad()
+def write_text(model: Any, samples: int, length: int, seed: int, progress: Progress) -> Tensor:
+    """Sequences that the model writes itself, (samples, length): a data-free calibration text.
+
+    Each begins with a random token (as in LLM-QAT, Liu et al., 2023, arXiv 2305.17888) and goes on
+    by sampling at temperature 1 from the most likely 95 %. End tokens are never drawn, so that all
+    have the same length. Deterministic for a seed, a thread count and a torch version.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.get_text_config().vocab_size
+    special = _special_tokens(model)
+    allowed = torch.ones(vocabulary)
+    allowed[special] = 0.0
+    written = []
+    for start in range(0, samples, GENERATE_BATCH):
+        count = min(GENERATE_BATCH, samples - start)
+        first = torch.multinomial(allowed, count, replacement=True, generator=generator)
+        tokens, cache, current = [first], None, first[:, None]
+        for step in range(1, length):
+            out = model(input_ids=current, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits = out.logits[:, -1].float()
+            logits[:, special] = -torch.inf
+            drawn = _sample(logits, generator)
+            tokens.append(drawn)
+            current = drawn[:, None]
+            if step % 32 == 0:
+                progress("write text", start * length + step * count, samples * length)
+        written.append(torch.stack(tokens, dim=1))
+    progress("write text", samples * length, samples * length)
+    return torch.cat(written)
+
+
+def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token a row from the smallest set of tokens with TOP_P of the probability."""
+    top, tokens = torch.softmax(logits, dim=-1).topk(min(1000, logits.shape[-1]), dim=-1)
+    before = top.cumsum(-1) - top
+    top[before > TOP_P] = 0.0
+    choice = torch.multinomial(top, 1, generator=generator)
+    return tokens.gather(1, choice)[:, 0]
+
+
+def _special_tokens(model: Any) -> list[int]:
+    config = model.config.get_text_config()
+    found: set[int] = set()
+    for value in (config.bos_token_id, config.eos_token_id, config.pad_token_id):
+        if isinstance(value, int):
+            found.add(value)
+        elif isinstance(value, list):
+            found.update(value)
+    return sorted(token for token in found if 0 <= token < config.vocab_size)

@@ -1,0 +1,189 @@
+"""Opening the user's model: a Hugging Face folder, or a GGUF file turned into one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svdexport.errors import InputError, MissingExtraError
+from svdexport.models.blocks import Structure, discover
+from svdexport.recipe import Model
+from svdexport.safety.gguf_header import check_gguf
+from svdexport.safety.model_folder import check_model_folder
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The user's model on disk.
+
+    Attributes:
+        folder: a Hugging Face folder of it (made from the GGUF where it came as one).
+        gguf: the user's GGUF file, or None.
+        trust_remote_code: whether code in the folder may run.
+    """
+
+    folder: Path
+    gguf: Path | None
+    trust_remote_code: bool = False
+
+    @property
+    def given(self) -> Path:
+        return self.gguf or self.folder
+
+
+def open_source(model: Model, work: Path) -> Source:
+    """Check the model's files before any library reads them. Raises InputError.
+
+    A GGUF is dequantised to float32 into ``work/source`` (made once).
+    """
+    if model.path is not None:
+        check_model_folder(model.path, model.trust_remote_code)
+        return Source(model.path, None, model.trust_remote_code)
+    assert model.gguf is not None
+    check_gguf(model.gguf)
+    folder = work / "source"
+    if not (folder / "config.json").exists():
+        convert_gguf(model.gguf, folder)
+    return Source(folder, model.gguf)
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write a GGUF's weights (float32), configuration and tokenizer as a Hugging Face folder.
+
+    Raises InputError where transformers does not know the file's architecture.
+    """
+    try:
+        import gguf as _gguf  # noqa: F401 (transformers needs it)
+    except ImportError:
+        raise MissingExtraError("gguf", "reading a GGUF model") from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise InputError(f"{gguf}: transformers cannot read this GGUF ({error})") from None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    making = folder.with_name(folder.name + ".making")
+    model.save_pretrained(making)
+    tokenizer.save_pretrained(making)
+    config = both_rope_forms(json.loads((making / "config.json").read_text(encoding="utf-8")))
+    (making / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    making.replace(folder)
+
+
+def both_rope_forms(config: dict[str, Any]) -> dict[str, Any]:
+    """A config that transformers 4.57 (``rope_theta``) and 5.x (``rope_parameters``) both read."""
+    config = dict(config)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+        kind = rope.get("rope_type", "default")
+        if kind != "default" and "rope_scaling" not in config:
+            config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if "dtype" in config:
+        config.setdefault("torch_dtype", config["dtype"])
+    elif "torch_dtype" in config:
+        config["dtype"] = config["torch_dtype"]
+    return config
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and advice from transformers: stdout and stderr are ours."""
+    from transformers.utils import logging as hf_logging
+
+    shown, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def load_model(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The causal language model in float32, in evaluation mode; compressed checkpoints too.
+
+    Raises InputError where transformers refuses the folder.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{folder}: transformers cannot load this model ({reason})") from None
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The folder's tokenizer. Raises InputError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder}: no tokenizer that transformers can load ({reason})") from None
+
+
+def structure_of(folder: Path, trust_remote_code: bool = False) -> Structure:
+    """Blocks, linears and shared inputs from the configuration alone, no weights read.
+
+    Raises InputError where the model cannot be built or run on shapes alone.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(
+                str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+            )
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=trust_remote_code
+                )
+            return discover(model)
+    except InputError:
+        raise
+    except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder}: this model's structure cannot be found ({reason})") from None

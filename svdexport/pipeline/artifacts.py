@@ -1,0 +1,179 @@
+"""Writing the artifacts and their dense twins, and checking that the files hold what was meant."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+
+from svdexport.checkpoint import Checkpoint
+from svdexport.core.measures import Parity
+from svdexport.export import Exported, ExportRequest, exporter
+from svdexport.files import sha256_file, write_atomic
+from svdexport.models.loader import load_model
+from svdexport.pipeline.job import Job, ModelUnderWork, key
+from svdexport.recipe import CheckpointExport, Export, GgufExport
+from svdexport.runtimes import Runtime, open_runtime
+from svdexport.runtimes.torch_rt import TorchRuntime
+from svdexport.verify.parity import compare, tolerance
+
+PARITY_TOKENS = 128
+
+Role = Literal["compressed", "dense"]
+_EXPORTED = TypeAdapter(Exported)
+_PARITY = TypeAdapter(Parity | None)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A written artifact: the recipe's entry, its role, and what the exporter and checks said."""
+
+    spec: Export
+    role: Role
+    exported: Exported
+    files: dict[str, str]
+    round_trip: tuple[str, ...]
+    parity: Parity | None
+
+    @property
+    def path(self) -> Path:
+        return self.exported.path
+
+
+def artifact_name(spec: Export) -> str:
+    """Name in the output folder, from the format and type alone."""
+    if isinstance(spec, GgufExport):
+        return f"model-{spec.type}.gguf"
+    if isinstance(spec, CheckpointExport):
+        return "checkpoint" if spec.dtype == "source" else f"checkpoint-{spec.dtype}"
+    return f"onnx-{spec.precision}"
+
+
+def export_all(job: Job, model: ModelUnderWork, checkpoint: Path, origin: str) -> list[Artifact]:
+    """Write every export of the recipe, compressed and dense, and check each file."""
+    written: list[Artifact] = []
+    for spec in job.recipe.export:
+        name = artifact_name(spec)
+        for role, root in (("compressed", job.rundir.staging), ("dense", job.work / "dense")):
+            if role == "dense" and isinstance(spec, CheckpointExport):
+                continue  # its twin is the user's own folder
+            opened = Checkpoint.open(checkpoint if role == "compressed" else model.source.folder)
+            exported = _export(job, model, spec, opened, root / name, key(origin, spec, role))
+            written.append(_checked(job, model, spec, role, opened, exported))  # type: ignore[arg-type]
+    return written
+
+
+def _export(
+    job: Job, model: ModelUnderWork, spec: Export, opened: Checkpoint, out: Path, stage_key: str
+) -> Exported:
+    stage = f"export {out.parent.name} {out.name}".replace("out ", "", 1)
+    record = job.work / "exports" / f"{out.parent.name}-{out.name}.json"
+    scratch = job.work / "base"
+
+    def make() -> None:
+        for folder in (out.parent, scratch):
+            folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out, ignore_errors=True)
+        source = model.source
+        request = ExportRequest(opened, source.folder, source.gguf, out, scratch, spec)
+        made = exporter(spec.format).export(request)
+        write_atomic(record, _EXPORTED.dump_json(made))
+        for note in made.notes:
+            job.reporter.note(note)
+
+    job.stage(stage, stage_key, [out, record], make)
+    return _EXPORTED.validate_json(record.read_bytes())
+
+
+def _checked(
+    job: Job,
+    model: ModelUnderWork,
+    spec: Export,
+    role: Role,
+    opened: Checkpoint,
+    exported: Exported,
+) -> Artifact:
+    """Round trip and parity; a result is kept, since it depends on the file's bytes alone."""
+    files = _hashes(exported.path)
+    name = f"{exported.path.parent.name}-{exported.path.name}"
+    record = job.work / "checks" / f"{name}.json"
+    problems = tuple(exporter(spec.format).check_round_trip(exported.path, exported.tensors))
+
+    def make() -> None:
+        found = None if problems else _parity(job, model, spec, opened, exported)
+        write_atomic(record, _PARITY.dump_json(found))
+
+    job.stage(f"check {role} {exported.path.name}", key(files), [record], make)
+    parity = _PARITY.validate_json(record.read_bytes())
+    return Artifact(spec, role, exported, files, problems, parity)
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    """sha256 of each file of an artifact, by path relative to its parent."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return {p.relative_to(path.parent).as_posix(): sha256_file(p) for p in files}
+
+
+def _parity(
+    job: Job, model: ModelUnderWork, spec: Export, opened: Checkpoint, exported: Exported
+) -> Parity:
+    """Logits of the file in its runtime against torch with the values read back from the file."""
+    torch.set_num_threads(job.threads)
+    reference = load_model(opened.path, model.source.trust_remote_code)
+    values = exporter(spec.format).read_back(
+        exported.path, opened, model.source.folder, model.source.gguf, job.work / "base"
+    )
+    load_values(reference, values)
+    tokens = parity_tokens(job, reference)
+    expected = TorchRuntime(opened.path, job.threads, reference).logits(tokens)
+    runtime = parity_runtime(exported.path, job.threads)
+    try:
+        limits = tolerance(exported.format, exported.type)
+        return compare(expected, runtime.logits(tokens), limits)
+    finally:
+        runtime.close()
+
+
+def parity_tokens(job: Job, model: Any) -> np.ndarray:
+    """The first evaluation tokens: real text, so that the logits are those of ordinary use."""
+    from safetensors.numpy import load_file
+
+    return load_file(job.work / "tokens.safetensors")["evaluation"].reshape(-1)[:PARITY_TOKENS]
+
+
+def parity_runtime(path: Path, threads: int) -> Runtime:
+    """The artifact's runtime, with the cache in float32 where that can be chosen."""
+    if path.suffix == ".gguf":
+        from svdexport.runtimes.llama_cpp_rt import LlamaCppRuntime
+
+        return LlamaCppRuntime(path, threads=threads, context=PARITY_TOKENS, exact=True)
+    return open_runtime(path, threads=threads, context=PARITY_TOKENS)
+
+
+def load_values(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Put read-back values into a model, in place of its own. Raises ValueError on a wrong shape.
+
+    A file may hold a tied head and embedding as two different tensors; both are then used.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    tied = head is not None and head.weight is embedding.weight
+    given: set[int] = set()
+    for name, value in values:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        old = getattr(module, attribute)
+        if tuple(old.shape) != value.shape:
+            raise ValueError(f"{name}: read back as {value.shape}, expected {tuple(old.shape)}")
+        new = nn.Parameter(torch.from_numpy(np.array(value, dtype=np.float32)), requires_grad=False)
+        setattr(module, attribute, new)
+        given.add(id(module))
+    if tied and id(head) not in given:
+        head.weight = embedding.weight

@@ -1,0 +1,122 @@
+"""What the stages of one run share: the recipe, the folders, the model's place; and resuming."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svdexport import __version__
+from svdexport.checkpoint import Checkpoint
+from svdexport.models.blocks import Structure, discover
+from svdexport.models.loader import Source, load_model, load_tokenizer, open_source, structure_of
+from svdexport.pipeline.reporter import Reporter
+from svdexport.recipe import Recipe
+from svdexport.rundir import RunDir
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "gguf",
+    "llama-cpp-python",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what to do (recipe), where (folders), and how to tell people (reporter)."""
+
+    recipe: Recipe
+    rundir: RunDir
+    reporter: Reporter
+    threads: int
+
+    @property
+    def work(self) -> Path:
+        return self.rundir.work
+
+    def stage(self, name: str, key: str, files: list[Path], make: Callable[[], None]) -> None:
+        """Run a stage, or skip it where it was finished before with the same inputs (``key``)."""
+        done = self.rundir.done(name, key)
+        with self.reporter.stage(name, resumed=done):
+            if not done:
+                make()
+                self.rundir.mark(name, key, files)
+
+
+class ModelUnderWork:
+    """The user's model: its files, structure, and, while they are needed, its weights in memory."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.source: Source = open_source(job.recipe.model, job.work)
+
+    @cached_property
+    def structure(self) -> Structure:
+        """From shapes alone where the architecture allows it, else from the loaded model."""
+        from svdexport.errors import InputError
+
+        try:
+            return structure_of(self.source.folder, self.source.trust_remote_code)
+        except InputError:
+            return discover(self.model)
+
+    @cached_property
+    def model(self) -> Any:
+        torch.set_num_threads(self.job.threads)
+        return load_model(self.source.folder, self.source.trust_remote_code)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.source.folder, self.source.trust_remote_code)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint.open(self.source.folder)
+
+    def release(self) -> None:
+        """Drop the weights from memory."""
+        self.__dict__.pop("model", None)
+
+
+def default_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def key(*parts: Any) -> str:
+    """Hash of a stage's inputs; svdexport's and torch's versions are always among them."""
+    text = json.dumps([__version__, torch.__version__, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def source_key(source: Source) -> str:
+    """Hash of the model's files by name, size and time: cheap, and a changed file is noticed."""
+    paths = [source.gguf] if source.gguf else sorted(source.folder.glob("*"))
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.is_file()]
+    return key(stats)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the results."""
+    found = {"svdexport": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

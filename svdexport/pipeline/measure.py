@@ -1,0 +1,99 @@
+"""Measuring the written files: quality against the dense model, speed against the dense twin."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+from safetensors.numpy import load_file
+
+from svdexport.core.measures import ArtifactSpeed, Quality, SpeedReport, SpeedSettings
+from svdexport.files import write_atomic
+from svdexport.pipeline.artifacts import Artifact
+from svdexport.pipeline.job import Job, ModelUnderWork, key
+from svdexport.recipe import CheckpointExport
+from svdexport.runtimes import open_runtime
+from svdexport.runtimes.torch_rt import TorchRuntime
+from svdexport.verify.generation import generate
+from svdexport.verify.quality import evaluate
+from svdexport.verify.reference import ReferenceLogits
+from svdexport.verify.speed import measure
+
+_QUALITIES = TypeAdapter(dict[str, Quality])
+SPEED_RUNTIME = {"gguf": "llama.cpp", "onnx": "onnxruntime-genai", "checkpoint": "torch"}
+
+
+def artifact_key(artifact: Artifact) -> str:
+    """Name of an artifact among the results of a run."""
+    return f"{artifact.role}/{artifact.path.name}"
+
+
+def measure_quality(
+    job: Job, model: ModelUnderWork, artifacts: list[Artifact]
+) -> dict[str, Quality]:
+    """Perplexity, divergence from the dense float32 model, and greedy text of each artifact."""
+    windows = load_file(job.work / "tokens.safetensors")["evaluation"]
+    record = job.work / "quality.json"
+    stage_key = key([a.files for a in artifacts], [a.role for a in artifacts], windows.tolist())
+
+    def make() -> None:
+        folder = job.work / "reference"
+        folder.mkdir(exist_ok=True)
+        dense = TorchRuntime(model.source.folder, job.threads, model.model)
+        reference = ReferenceLogits.of(dense, windows, folder)
+        model.release()
+        found: dict[str, Quality] = {}
+        for done, artifact in enumerate(artifacts):
+            found[artifact_key(artifact)] = _quality(job, artifact, windows, reference)
+            job.reporter.progress("quality", done + 1, len(artifacts))
+        write_atomic(record, _QUALITIES.dump_json(found))
+        reference.path.unlink()  # gigabytes that nothing else reads
+
+    job.stage("quality", stage_key, [record], make)
+    return _QUALITIES.validate_json(record.read_bytes())
+
+
+def _quality(job: Job, artifact: Artifact, windows: np.ndarray, reference: Any) -> Quality:
+    runtime = open_runtime(artifact.path, threads=job.threads, context=windows.shape[1])
+    try:
+        quality = evaluate(runtime, windows, reference, seed=job.recipe.calibration.seed)
+        return dataclasses.replace(quality, generations=generate(runtime))
+    finally:
+        runtime.close()
+
+
+def measure_speed(job: Job, artifacts: list[Artifact]) -> dict[str, ArtifactSpeed]:
+    """Each compressed artifact against its dense twin, timed in turn on the same runtime."""
+    found: dict[str, ArtifactSpeed] = {}
+    compressed = [a for a in artifacts if a.role == "compressed"]
+    for artifact in compressed:
+        if isinstance(artifact.spec, CheckpointExport):
+            continue  # no deployment runtime, and its dense twin is the user's own folder
+        twin = next(a for a in artifacts if a.role == "dense" and a.spec == artifact.spec)
+        report = _speed(job, twin, artifact)
+        found[artifact_key(twin)], found[artifact_key(artifact)] = report.artifacts
+    return found
+
+
+def _speed(job: Job, twin: Artifact, artifact: Artifact) -> SpeedReport:
+    """Never taken from an earlier run: a speed belongs to the moment it was measured in."""
+    settings = job.recipe.speed
+    context = max(*settings.prefill, settings.decode * 2) + 64
+    name = SPEED_RUNTIME[artifact.spec.format]
+    wanted = SpeedSettings(
+        job.threads,
+        settings.rounds,
+        settings.prefill,
+        settings.decode,
+        job.recipe.calibration.seed,
+    )
+    with job.reporter.stage(f"speed {artifact.path.name}"), contextlib.ExitStack() as stack:
+        runtimes = []
+        for path in (twin.path, artifact.path):
+            opened = open_runtime(path, threads=job.threads, context=context, runtime=name)
+            stack.callback(opened.close)
+            runtimes.append(opened)
+        return measure(runtimes, wanted, job.reporter.progress)

@@ -1,0 +1,216 @@
+"""The whole pipeline of one recipe: compress, export, check, measure, judge, publish."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from svdexport.core.measures import ArtifactSpeed, GateResult, Measured, Quality, Verdict
+from svdexport.pipeline.artifacts import Artifact, export_all
+from svdexport.pipeline.job import Job, ModelUnderWork, versions
+from svdexport.pipeline.measure import SPEED_RUNTIME, artifact_key, measure_quality, measure_speed
+from svdexport.pipeline.stages import Compressed, run_compression
+from svdexport.recipe import canonical_json, recipe_hash
+from svdexport.report import card, html, manifest, markdown
+from svdexport.report.result import (
+    ArtifactResult,
+    PlanRow,
+    RunResult,
+    SourceModel,
+    StageTime,
+    TensorHash,
+)
+from svdexport.verify.gate import judge
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How a run was asked for, for the manifest: the recipe's text, overrides, command line."""
+
+    recipe_text: str
+    overrides: tuple[str, ...]
+    command: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run's result and, where its gates passed, the folder that now stands there."""
+
+    result: RunResult
+    out: Path | None
+
+
+def run(job: Job, invocation: Invocation) -> Outcome:
+    """Run all stages. Files appear under the final name only where every gate passed."""
+    model = ModelUnderWork(job)
+    job.rundir.staging.mkdir(exist_ok=True)
+    compressed = run_compression(job, model)
+    artifacts = export_all(job, model, compressed.checkpoint, compressed.key)
+    intact = not any(a.round_trip or (a.parity and a.parity.problems) for a in artifacts)
+    quality: dict[str, Quality] = {}
+    speed: dict[str, ArtifactSpeed] = {}
+    if intact:  # figures taken on a broken file mean nothing
+        quality = measure_quality(job, model, artifacts)
+        speed = measure_speed(job, artifacts)
+    gates, verdict = judge(job.recipe.gates, _measured(artifacts, quality, speed))
+    results = tuple(_artifact_result(job, a, quality, speed) for a in artifacts)
+    result = _result(job, model, invocation, compressed, results, gates, verdict)
+    if verdict.word != "pass":
+        write_reports(result, job.work)
+        return Outcome(result, None)
+    write_reports(result, job.rundir.staging)
+    out = job.rundir.publish()
+    clean(job.work)
+    return Outcome(result, out)
+
+
+def clean(work: Path) -> None:
+    """Drop the large intermediate files of a finished run."""
+    for name in ("factors", "checkpoint", "base", "dense", "reference", "out"):
+        shutil.rmtree(work / name, ignore_errors=True)
+
+
+def write_reports(result: RunResult, folder: Path) -> None:
+    """manifest.json, README.md (model card), report.html and summary.md."""
+    manifest.write(result, folder)
+    card.write(result, folder)
+    html.write(result, folder)
+    markdown.write(result, folder)
+
+
+def _measured(
+    artifacts: list[Artifact], quality: dict[str, Quality], speed: dict[str, ArtifactSpeed]
+) -> list[Measured]:
+    """What the gates judge. Of the dense twins only that their files are sound."""
+    judged = []
+    for artifact in artifacts:
+        name = artifact_key(artifact)
+        if artifact.role == "dense":
+            if artifact.round_trip or (artifact.parity and artifact.parity.problems):
+                judged.append(
+                    Measured(name, 0, parity=artifact.parity, round_trip=artifact.round_trip)
+                )
+            continue
+        judged.append(
+            Measured(
+                artifact.path.name,
+                artifact.exported.bytes,
+                quality.get(name),
+                speed.get(name),
+                artifact.parity,
+                artifact.round_trip,
+            )
+        )
+    return judged
+
+
+def _artifact_result(
+    job: Job, artifact: Artifact, quality: dict[str, Quality], speed: dict[str, ArtifactSpeed]
+) -> ArtifactResult:
+    exported, name = artifact.exported, artifact_key(artifact)
+    kept = artifact.role == "compressed"
+    tensors = {
+        key: TensorHash(record.shape, record.type, record.nbytes, record.sha256)
+        for key, record in exported.tensors.items()
+    }
+    return ArtifactResult(
+        path=artifact.path.name if kept else name,
+        format=exported.format,
+        type=exported.type,
+        role=artifact.role,
+        runtime=SPEED_RUNTIME[exported.format],
+        bytes=exported.bytes,
+        quality=quality.get(name),
+        speed=speed.get(name),
+        parity=artifact.parity,
+        round_trip=artifact.round_trip,
+        notes=exported.notes,
+        files=artifact.files,
+        tensors=tensors,
+        kept=kept,
+    )
+
+
+def _result(
+    job: Job,
+    model: ModelUnderWork,
+    invocation: Invocation,
+    compressed: Compressed,
+    artifacts: tuple[ArtifactResult, ...],
+    gates: tuple[GateResult, ...],
+    verdict: Verdict,
+) -> RunResult:
+    import json
+
+    from svdexport.verify.noise import describe
+
+    recipe = job.recipe
+    return RunResult(
+        name=job.rundir.out.name,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=invocation.command,
+        recipe=json.loads(canonical_json(recipe)),
+        recipe_text=invocation.recipe_text,
+        recipe_sha256=recipe_hash(recipe),
+        source=source_model(model),
+        plan=compressed.plan,
+        artifacts=artifacts,
+        gates=gates,
+        verdict=verdict,
+        stages=tuple(StageTime(*stage) for stage in job.reporter.stages),
+        versions=versions(),
+        machine=describe(),
+        seeds={"calibration": recipe.calibration.seed},
+        threads=job.threads,
+        evaluation_text=str(recipe.evaluate.text or "held-out text that the model wrote itself"),
+        overrides=invocation.overrides,
+        notes=plan_notes(compressed.plan),
+    )
+
+
+def source_model(model: ModelUnderWork) -> SourceModel:
+    """Name, architecture, size, licence and hashes of what the user gave."""
+    from svdexport.files import sha256_file
+
+    source = model.source
+    given = [source.gguf] if source.gguf else sorted(source.folder.glob("*.safetensors"))
+    config = model.checkpoint.config
+    params = sum(linear.params for linear in model.structure.linears())
+    return SourceModel(
+        name=Path(source.given).resolve().name,
+        architecture=(config.get("architectures") or ["unknown"])[0],
+        params=params,
+        license=_license(source.folder),
+        files={path.name: sha256_file(path) for path in given},
+    )
+
+
+def _license(folder: Path) -> str:
+    """The ``license`` of the folder's model card, or nothing."""
+    import re
+
+    card_file = folder / "README.md"
+    if not card_file.is_file():
+        return ""
+    text = card_file.read_text(encoding="utf-8", errors="replace")
+    head = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
+    found = re.search(r"^license:\s*(\S+)\s*$", head, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def plan_notes(plan: tuple[PlanRow, ...]) -> tuple[str, ...]:
+    """How many linears became pairs, what was kept, and why linears stayed dense."""
+    pairs = [row for row in plan if row.rank is not None]
+    kept = sum(row.params for row in plan) / sum(row.params_dense for row in plan)
+    notes = [
+        f"{len(pairs)} of {len(plan)} linears are pairs; {kept:.1%} of their parameters are kept "
+        f"({1 - kept:.1%} removed)"
+    ]
+    reasons: dict[str, int] = {}
+    for row in plan:
+        if row.rank is None:
+            reasons[row.reason] = reasons.get(row.reason, 0) + 1
+    notes += [f"{count} linears stay dense: {reason}" for reason, count in reasons.items()]
+    return tuple(notes)

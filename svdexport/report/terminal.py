@@ -1,0 +1,129 @@
+"""Tables of the smaller commands, for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+MEGA = 1e6
+
+
+def _table(*columns: tuple[str, bool]) -> Table:
+    """A plain table; a column is (title, whether it holds numbers)."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for title, number in columns:
+        table.add_column(title, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def plan_table(found: dict[str, Any]) -> RenderableType:
+    """One row a group of linears, then the totals."""
+    table = _table(
+        ("block", True), ("linears", False), ("shape", True), ("rank", True), ("kept", True)
+    )
+    for row in found["groups"]:
+        names = " ".join(name.rpartition(".")[2] for name in row["linears"])
+        rank = "dense" if row["rank"] is None else str(row["rank"])
+        kept = f"{row['params'] / row['params_dense']:.1%}"
+        shape = f"{row['shape'][0]}x{row['shape'][1]}"
+        table.add_row(str(row["block"]), names, shape, rank, kept)
+    memory = found["memory_bytes"]
+    lines = [
+        f"{found['model']}: method {found['method']}, {found['ranks']} ranks",
+        f"kept {found['kept']:.1%} of {found['params_dense']:,} parameters "
+        f"({1 - found['kept']:.1%} removed)",
+        "memory: "
+        + ", ".join(
+            f"{name.replace('_', ' ')} {size / MEGA:,.0f} MB" for name, size in memory.items()
+        ),
+    ]
+    return Group(table, Text("\n".join(lines)))
+
+
+def eval_table(found: dict[str, Any]) -> RenderableType:
+    """Figures with their errors."""
+    table = _table(("figure", False), ("value", True), ("error", True))
+    spreads = found.get("spreads") or {}
+    for name in ("perplexity", "mean_kld", "kld_p999", "same_top", "perplexity_ratio"):
+        value = found.get(name)
+        if value is not None:
+            spread = spreads.get(name)
+            table.add_row(name, f"{value:.5g}", f"{spread['stderr']:.2g}" if spread else "")
+    head = (
+        f"{found['artifact']} on {found['runtime']}: {found['windows']} windows of "
+        f"{found['context']} tokens"
+    )
+    return Group(Text(head), table)
+
+
+def bench_table(found: dict[str, Any]) -> RenderableType:
+    """Tokens per second, speedup with its 95 % interval, verdict."""
+    table = _table(
+        ("artifact", False), ("MB", True), ("metric", False), ("t/s", True), ("speedup", True)
+    )
+    for artifact in found["artifacts"]:
+        for timing in artifact["timings"]:
+            speedup = timing["speedup"]
+            shown = "baseline"
+            if speedup:
+                shown = f"{speedup['median']:.3f} ({speedup['low']:.3f}-{speedup['high']:.3f})"
+            table.add_row(
+                artifact["path"],
+                f"{artifact['bytes'] / MEGA:.1f}",
+                timing["metric"],
+                f"{timing['tps']:.1f}",
+                shown,
+            )
+    notes = "".join(f"\n{note}" for note in found["notes"])
+    return Group(table, Text(f"verdict: {found['verdict']}{notes}"))
+
+
+def inspect_table(found: dict[str, Any]) -> RenderableType:
+    """One row a linear; further keys of the inspection above it."""
+    rows = found.get("linears") or found.get("layers") or []
+    head = [f"{key}: {value}" for key, value in found.items() if not isinstance(value, list | dict)]
+    for key, value in found.items():
+        if isinstance(value, dict):
+            head.append(f"{key}: " + ", ".join(f"{k} {v}" for k, v in value.items()))
+    if not rows:
+        return Text("\n".join(head))
+    columns = [key for key in rows[0] if key not in {"shape"}]
+    table = _table(*((name, isinstance(rows[0][name], int | float)) for name in columns))
+    for row in rows:
+        table.add_row(*(_short(row.get(name)) for name in columns))
+    return Group(Text("\n".join(head)), table)
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list | tuple):
+        return " ".join(str(item) for item in value)
+    return str(value)
+
+
+def methods_table(rows: list[dict[str, str]]) -> RenderableType:
+    """Methods with their sources."""
+    table = _table(("name", False), ("what it is", False), ("needs", False), ("source", False))
+    for row in rows:
+        table.add_row(row["name"], row["title"], row["needs"], row["source"])
+    return table
+
+
+def doctor_table(found: dict[str, Any]) -> RenderableType:
+    """Parts, versions and advice."""
+    table = _table(("part", False), ("for", False), ("there", False), ("how to get it", False))
+    for part in found["parts"]:
+        there = "yes" if part["installed"] else "no"
+        table.add_row(part["part"], part["for"], there, part["advice"])
+    llama = found["llama_cpp"]
+    pairs = "knows low-rank pairs" if llama["low_rank"] else "does not know low-rank pairs"
+    lines = [f"llama.cpp here {pairs}."]
+    if llama["advice"]:
+        lines.append(llama["advice"])
+    lines.append("versions: " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
+    return Group(table, Text("\n".join(lines)))

@@ -1,0 +1,53 @@
+"""Runtimes that artifacts run on, behind one face."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from svdexport.errors import InputError, MissingExtraError
+from svdexport.runtimes.artifact import kind
+from svdexport.runtimes.base import Runtime
+
+__all__ = ["NAMES", "Runtime", "open_runtime"]
+
+NAMES = {
+    "gguf": ("llama.cpp",),
+    "onnx": ("onnxruntime", "onnxruntime-genai"),
+    "checkpoint": ("torch",),
+}
+
+
+def open_runtime(path: Path, *, threads: int, context: int, runtime: str | None = None) -> Runtime:
+    """Load an artifact in its runtime (the first of its kind's, unless one is named).
+
+    Args:
+        context: longest sequence that will be run, in tokens.
+
+    Raises:
+        InputError: not an artifact, or the runtime refuses it.
+        MissingExtraError: the runtime is not installed.
+    """
+    form = kind(path)
+    name = runtime or NAMES[form][0]
+    if name not in NAMES[form]:
+        raise InputError(f"{path}: a {form} artifact does not run on {name}")
+    try:
+        if name == "torch":
+            from svdexport.runtimes.torch_rt import TorchRuntime
+
+            return TorchRuntime(path, threads)
+        if name == "llama.cpp":
+            from svdexport.runtimes.llama_cpp_rt import LlamaCppRuntime
+
+            return LlamaCppRuntime(path, threads=threads, context=context)
+        if name == "onnxruntime":
+            from svdexport.runtimes.ort_rt import OrtRuntime
+
+            return OrtRuntime(path, threads=threads, context=context)
+        from svdexport.runtimes.genai_rt import GenaiRuntime
+
+        return GenaiRuntime(path, threads=threads, context=context)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("svdexport"):
+            raise
+        raise MissingExtraError("gguf" if form == "gguf" else "onnx", f"running {name}") from None

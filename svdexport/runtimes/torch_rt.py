@@ -1,0 +1,95 @@
+"""PyTorch through transformers: the reference that other runtimes are compared with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from svdexport.errors import InputError
+
+
+class TorchRuntime:
+    """A Hugging Face folder, dense or compressed, in float32 on the CPU."""
+
+    name = "torch"
+
+    def __init__(self, path: Path, threads: int, model: Any = None) -> None:
+        """Load ``path``; or take ``model``, already loaded, with the tokenizer of ``path``."""
+        self.path, self.threads = path, threads
+        torch.set_num_threads(threads)
+        self.model = _load(path) if model is None else model
+        self.vocab_size = int(self.model.config.get_text_config().vocab_size)
+        self._tokenizer: Any = None
+
+    @torch.no_grad()
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64))[None]
+        result: np.ndarray = self.model(input_ids=ids, use_cache=False).logits[0].float().numpy()
+        return result
+
+    @torch.no_grad()
+    def generate(self, tokens: Sequence[int], max_new_tokens: int) -> list[int]:
+        ends = self.model.config.get_text_config().eos_token_id
+        stop = set(ends) if isinstance(ends, list) else {ends}
+        made: list[int] = []
+        cache, current = None, torch.tensor([list(tokens)])
+        while len(made) < max_new_tokens:
+            out = self.model(input_ids=current, past_key_values=cache, use_cache=True)
+            token = int(out.logits[0, -1].argmax())
+            if token in stop:
+                break
+            made.append(token)
+            cache, current = out.past_key_values, torch.tensor([[token]])
+        return made
+
+    @torch.no_grad()
+    def prefill(self, tokens: np.ndarray) -> float:
+        ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64))[None]
+        start = time.perf_counter()
+        self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        return time.perf_counter() - start
+
+    @torch.no_grad()
+    def decode(self, prompt: np.ndarray, count: int) -> float:
+        ids = torch.as_tensor(np.asarray(prompt, dtype=np.int64))[None]
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        start = time.perf_counter()
+        for _ in range(count):
+            token = out.logits[:, -1:].argmax(-1)
+            out = self.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        return time.perf_counter() - start
+
+    def tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self._text()(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        return str(self._text().decode(list(tokens)))
+
+    def close(self) -> None:
+        self.model = None
+
+    def _text(self) -> Any:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
+        return self._tokenizer
+
+
+def _load(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path}: transformers cannot load this folder ({reason})") from None
+    return model.eval().requires_grad_(False)
