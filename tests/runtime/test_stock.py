@@ -1,4 +1,4 @@
-"""Against the unchanged library: a dense file gives the same bits, and a file with pairs is refused."""
+"""The unchanged library: a dense file gives the same bits, a file with pairs is refused."""
 
 from __future__ import annotations
 

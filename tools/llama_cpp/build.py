@@ -1,9 +1,9 @@
 """Build a wheel of llama-cpp-python whose llama.cpp runs low-rank pairs, and print its path.
 
-The source archive of the pinned release comes from PyPI (its hash is checked), gets `low-rank.patch`
-and is built by pip. The wheel also carries llama.cpp's own converter, under `llama_cpp/converter`. It
-is kept in a cache folder under a key made of everything that decides what comes out, so that a second
-call finds it at once. Progress goes to stderr.
+The source archive of the pinned release comes from PyPI (its hash is checked), gets
+`low-rank.patch` and is built by pip. The wheel also carries llama.cpp's own converter, under
+`llama_cpp/converter`. It is kept in a cache folder under a key made of everything that decides what
+comes out, so that a second call finds it at once. Progress goes to stderr.
 
     python tools/llama_cpp/build.py            the wheel with low-rank.patch
     python tools/llama_cpp/build.py --stock    the unchanged library, to compare with
@@ -146,7 +146,7 @@ def replace_once(path: Path, old: str, new: str) -> None:
 
 
 def prepare(source: Path, key: str, stock: bool, log: Path) -> None:
-    """Apply the patch, name the version, leave out what the wheel does not need, add the converter."""
+    """Apply the patch, name the version, leave out what is not needed, add the converter."""
     llama = source / "vendor" / "llama.cpp"
     # the archive's git links lead nowhere, and git would stumble over them
     for link in (source / ".git", llama / ".git"):
@@ -188,8 +188,7 @@ def make(cache: Path, work: Path, key: str, stock: bool) -> Path:
         prepare(source, key, stock, log)
         say(f"building {'the unchanged library' if stock else 'with low-rank pairs'}, {jobs} jobs")
         pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(out)]
-        environment = {"CMAKE_ARGS": CMAKE_ARGS, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs)}
-        run([*pip, str(source)], log, **environment)
+        run([*pip, str(source)], log, CMAKE_ARGS=CMAKE_ARGS, CMAKE_BUILD_PARALLEL_LEVEL=str(jobs))
     except BuildError:
         shutil.copy2(log, cache / "failed.log")
         raise

@@ -1,0 +1,247 @@
+"""Speed of low-rank pairs against the dense model of the same weight type, in llama.cpp on the CPU.
+
+Writes a Llama with random weights (speed does not depend on their values) dense and as pairs, has
+llama.cpp quantise both, and times prefill and decode in turn, round by round, in one process. Prints
+for each type the speedup and the efficiency = speedup / (dense bytes / low-rank bytes).
+
+    python tools/llama_cpp/benchmark.py --types F16,Q8_0 --threads 2 --rounds 9
+
+Needs the packages gguf and numpy beside the wheel that build.py makes, and idle cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import numpy as np
+
+GROUPS = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up": ("ffn_gate", "ffn_up")}
+CONTEXT = 1024
+# rows that are not a multiple of this take a slower path: F16's dot product has a step of 64 numbers
+# (with AVX-512) and a scalar rest; K-quants have blocks of 256
+MULTIPLE = {"F16": 64, "Q8_0": 32, "Q4_0": 32, "Q4_K": 256, "Q6_K": 256}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama: sizes, and the linears of a layer as (n_out, n_in)."""
+
+    layers: int
+    width: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    vocab: int
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        kv = self.width // self.heads * self.kv_heads
+        return {
+            "attn_q": (self.width, self.width),
+            "attn_k": (kv, self.width),
+            "attn_v": (kv, self.width),
+            "attn_output": (self.width, self.width),
+            "ffn_gate": (self.hidden, self.width),
+            "ffn_up": (self.hidden, self.width),
+            "ffn_down": (self.width, self.hidden),
+        }
+
+
+SHAPES = {
+    "six-layers": Shape(6, 2048, 5632, 32, 32, 4096),
+    "smollm2-135m": Shape(30, 576, 1536, 9, 3, 49152),
+    "1.1b": Shape(22, 2048, 5632, 32, 4, 32000),
+}
+
+
+def rank(n_out: int, n_in: int, kept: float, multiple: int) -> int:
+    """The rank, a multiple of `multiple`, whose pair has nearest to `kept` of the parameters."""
+    return max(multiple, round(kept * n_out * n_in / (n_out + n_in) / multiple) * multiple)
+
+
+def pair_shapes(shape: Shape, kept: float, multiple: int, shared: bool) -> dict[str, tuple[int, int]]:
+    """The factors of one layer: name -> (rows, row length)."""
+    linears = shape.linears()
+    groups = [(name, members) for name, members in GROUPS.items() if shared]
+    grouped = {member for _, members in groups for member in members}
+    groups += [(name, (name,)) for name in linears if name not in grouped]
+    out: dict[str, tuple[int, int]] = {}
+    for name, members in groups:
+        n_in = linears[members[0]][1]
+        k = rank(sum(linears[member][0] for member in members), n_in, kept, multiple)
+        out[f"{name}.lr_a"] = (k, n_in)
+        out |= {f"{member}.lr_b": (linears[member][0], k) for member in members}
+    return out
+
+
+def write(path: Path, shape: Shape, layer: dict[str, tuple[int, int]]) -> None:
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(shape.vocab)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(shape.width)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.hidden)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(shape.width // shape.heads)
+
+    def add(name: str, rows: int, length: int) -> None:
+        values = rng.random((rows, length), dtype=np.float32) - np.float32(0.5)
+        writer.add_tensor(f"{name}.weight", (values * np.float32(2 / length**0.5)).astype(np.float16))
+
+    add("token_embd", shape.vocab, shape.width)
+    add("output", shape.vocab, shape.width)
+    writer.add_tensor("output_norm.weight", np.ones(shape.width, dtype=np.float32))
+    for i in range(shape.layers):
+        for name, (rows, length) in layer.items():
+            add(f"blk.{i}.{name}", rows, length)
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{norm}.weight", np.ones(shape.width, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def quantise(source: Path, kind: str) -> Path:
+    """The file with every matrix in the type `kind`, made by llama.cpp."""
+    if kind == "F16":
+        return source
+    out = source.with_suffix(f".{kind}.gguf")
+    params = llama_cpp.llama_model_quantize_default_params()
+    name = f"LLAMA_FTYPE_MOSTLY_{kind}"
+    params.ftype = getattr(llama_cpp, name, None) or getattr(llama_cpp, f"{name}_S")
+    params.pure = True
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params) != 0:
+        raise SystemExit(f"llama.cpp cannot quantise {source.name} to {kind}")
+    return out
+
+
+class Model:
+    """A file, loaded, with one context; times in seconds."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        model = llama_cpp.llama_model_load_from_file(
+            str(path).encode(), llama_cpp.llama_model_default_params()
+        )
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = CONTEXT
+        params.n_threads = params.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(model, params) if model else None
+        if not self.context:
+            raise SystemExit(f"llama.cpp cannot load {path}")
+        vocabulary = llama_cpp.llama_model_get_vocab(model)
+        self.vocab = llama_cpp.llama_vocab_n_tokens(vocabulary)
+        self.bytes = path.stat().st_size
+
+    def _decode(self, tokens: list[int]) -> None:
+        array = (llama_cpp.llama_token * len(tokens))(*tokens)
+        if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(array, len(tokens))):
+            raise SystemExit("llama_decode failed")
+        llama_cpp.llama_synchronize(self.context)
+
+    def time(self, prompt: int, steps: int) -> tuple[float, float]:
+        """Seconds for a prompt, and for `steps` tokens after it."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        tokens = [(11 * i + 5) % self.vocab for i in range(prompt)]
+        clock = time.perf_counter
+        start = clock()
+        self._decode(tokens)
+        middle = clock()
+        for i in range(steps):
+            self._decode([(7 * i + 3) % self.vocab])
+        return middle - start, clock() - middle
+
+
+def interval(ratios: list[float]) -> tuple[float, float, float]:
+    """Median and its 95 % bootstrap interval."""
+    rng = np.random.default_rng(0)
+    draws = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return statistics.median(ratios), float(low), float(high)
+
+
+def compare(dense: Model, pairs: Model, rounds: int, prompt: int, steps: int) -> dict[str, object]:
+    for model in (dense, pairs):
+        model.time(prompt, 4)
+    times = [(dense.time(prompt, steps), pairs.time(prompt, steps)) for _ in range(rounds)]
+    shrink = dense.bytes / pairs.bytes
+    result: dict[str, object] = {"bytes_ratio": shrink}
+    for i, what in enumerate(("prefill", "decode")):
+        median, low, high = interval([d[i] / p[i] for d, p in times])
+        best = min(d[i] for d, _ in times) / min(p[i] for _, p in times)
+        result[what] = {
+            "speedup": median,
+            "low": low,
+            "high": high,
+            "speedup_of_best": best,
+            "efficiency": median / shrink,
+            "seconds": [[d[i], p[i]] for d, p in times],
+        }
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="six-layers")
+    parser.add_argument("--types", default="F16,Q8_0,Q4_0,Q4_K")
+    parser.add_argument("--kept", type=float, default=0.5, help="share of the linears' parameters")
+    parser.add_argument("--multiple", type=int, help="of the ranks, else what suits the type")
+    parser.add_argument("--shared", action="store_true", help="q, k, v and gate, up share an A")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--folder", type=Path, help="keep the models here, and use those found")
+    parser.add_argument("--json", type=Path, help="write all samples to this file")
+    args = parser.parse_args()
+    silent = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    shape = SHAPES[args.shape]
+    results: dict[str, object] = {}
+    print(f"{args.shape}, kept {args.kept}, {args.threads} threads, {args.rounds} rounds")
+    print("type   bytes    prefill  [95 %]         eff.   decode   [95 %]         eff.")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or Path(scratch)
+        for kind in args.types.split(","):
+            multiple = args.multiple or MULTIPLE.get(kind, 32)
+            layer = pair_shapes(shape, args.kept, multiple, args.shared)
+            name = f"{args.shape}-{args.kept}-{multiple}{'-shared' if args.shared else ''}"
+            files = {f"{args.shape}-dense": shape.linears(), name: layer}
+            models = []
+            for stem, tensors in files.items():
+                source = folder / f"{stem}.gguf"
+                if not source.exists():
+                    write(source, shape, tensors)
+                made = source if kind == "F16" else source.with_suffix(f".{kind}.gguf")
+                models.append(Model(made if made.exists() else quantise(source, kind), args.threads))
+            result = compare(models[0], models[1], args.rounds, args.prompt, args.steps)
+            results[kind] = result
+            line = f"{kind:6} {result['bytes_ratio']:.3f} "
+            for what in ("prefill", "decode"):
+                r = result[what]
+                assert isinstance(r, dict)
+                line += f"  {r['speedup']:.2f}x  [{r['low']:.2f}, {r['high']:.2f}]  {r['efficiency']:.2f}"
+            print(line, flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
