@@ -1,20 +1,24 @@
-"""The library's face: what the command line does, as functions."""
+"""The library's face: what the command line does, as functions.
+
+Inputs are checked before torch and the runtimes are imported: a wrong one is refused at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from svdexport.pipeline.job import Job, ModelUnderWork, default_threads
+from svdexport.pipeline.preflight import check_artifact, check_inputs, check_text
 from svdexport.pipeline.reporter import Reporter
-from svdexport.pipeline.run import Invocation, Outcome
-from svdexport.pipeline.run import run as run_job
-from svdexport.pipeline.stages import run_compression
 from svdexport.recipe import Recipe, load_recipe, recipe_hash
-from svdexport.report.result import RunResult
-from svdexport.rundir import RunDir
+from svdexport.rundir import RunDir, resource_errors
+
+if TYPE_CHECKING:
+    from svdexport.pipeline.job import Job
+    from svdexport.pipeline.run import Outcome
+    from svdexport.report.result import RunResult
 
 __all__ = ["bench", "compress", "evaluate", "export", "inspect", "plan", "run", "verify"]
 
@@ -32,8 +36,11 @@ def _job(
     rundir = RunDir(
         place, recipe_hash=recipe_hash(recipe), protected=protected(recipe), restart=restart
     )
+    check_inputs(recipe)
+    from svdexport.pipeline.job import Job, default_threads
+
     threads = recipe.speed.threads or default_threads()
-    with rundir:
+    with resource_errors(str(rundir.work)), rundir:
         yield Job(recipe, rundir, reporter or Reporter(quiet=True), threads)
 
 
@@ -66,6 +73,9 @@ def run(
     path = Path(recipe)
     invocation_text = path.read_text(encoding="utf-8") if path.is_file() else ""
     with _job(path, out, overrides, restart, reporter) as job:
+        from svdexport.pipeline.run import Invocation
+        from svdexport.pipeline.run import run as run_job
+
         return run_job(job, Invocation(invocation_text, tuple(overrides), command))
 
 
@@ -78,6 +88,9 @@ def compress(
 ) -> Path:
     """The stages up to the compressed checkpoint, whose folder (float32 factors) is returned."""
     with _job(Path(recipe), out, overrides, False, reporter) as job:
+        from svdexport.pipeline.job import ModelUnderWork
+        from svdexport.pipeline.stages import run_compression
+
         return run_compression(job, ModelUnderWork(job)).checkpoint
 
 
@@ -89,9 +102,11 @@ def export(
     reporter: Reporter | None = None,
 ) -> list[Path]:
     """The stages up to the exported and checked files, left in the run's staging folder."""
-    from svdexport.pipeline.artifacts import export_all
-
     with _job(Path(recipe), out, overrides, False, reporter) as job:
+        from svdexport.pipeline.artifacts import export_all
+        from svdexport.pipeline.job import ModelUnderWork
+        from svdexport.pipeline.stages import run_compression
+
         model = ModelUnderWork(job)
         job.rundir.staging.mkdir(exist_ok=True)
         compressed = run_compression(job, model)
@@ -101,9 +116,11 @@ def export(
 
 def plan(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What a recipe would do, from headers alone: ranks, bytes, memory. No weights are read."""
+    checked = load_recipe(Path(recipe), overrides)
+    check_inputs(checked, weights=False)
     from svdexport.pipeline.dryrun import dry_run
 
-    return dry_run(load_recipe(Path(recipe), overrides))
+    return dry_run(checked)
 
 
 def verify(folder: Path) -> RunResult:
@@ -128,6 +145,11 @@ def evaluate(
 
     Windows are consecutive, without overlap and without a begin token.
     """
+    check_text(text, "--text")
+    for path in (artifact, reference):
+        if path is not None:
+            check_artifact(path)
+    from svdexport.pipeline.job import default_threads
     from svdexport.pipeline.tools import evaluate_artifact
 
     return evaluate_artifact(
@@ -154,9 +176,12 @@ def bench(
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Time artifacts in turn; the first is the baseline unless one is named."""
+    paths = [baseline, *artifacts] if baseline is not None else list(artifacts)
+    for path in paths:
+        check_artifact(path)
+    from svdexport.pipeline.job import default_threads
     from svdexport.pipeline.tools import bench_artifacts
 
-    paths = [baseline, *artifacts] if baseline is not None else list(artifacts)
     return bench_artifacts(
         paths,
         rounds,
@@ -170,6 +195,7 @@ def bench(
 
 def inspect(artifact: Path) -> dict[str, Any]:
     """What an artifact holds, layer by layer, and which runtime it needs. Headers only."""
+    check_artifact(artifact)
     from svdexport.pipeline.tools import inspect_artifact
 
     return inspect_artifact(artifact)

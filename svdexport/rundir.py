@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+REPORTS = ("README.md", "report.html", "summary.md")
 MANIFEST_TOOL = "svdexport"  # value of the manifest's "tool": the folder is one of our outputs
 _RUN = "run.json"
 
@@ -229,9 +230,8 @@ def check_out(out: Path, protected: Sequence[Path] = ()) -> Path:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder is a published output: it has a manifest that names this tool."""
-    manifest = read_json(folder / MANIFEST)
-    return isinstance(manifest, dict) and manifest.get("tool") == MANIFEST_TOOL
+    """Whether a folder is a published output: it has a manifest of this tool."""
+    return _manifest_files(folder) is not None
 
 
 def _check_apart(place: Path, item: Path) -> None:
@@ -247,13 +247,11 @@ def _check_apart(place: Path, item: Path) -> None:
 
 def _check_replaceable(place: Path) -> None:
     """Only a folder of which every file is in our manifest may give way."""
-    manifest = read_json(place / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("tool") != MANIFEST_TOOL:
+    known = _manifest_files(place)
+    if known is None:
         raise RecipeError(
             f"{place}: not empty and not an earlier output of svdexport; give another folder"
         )
-    files = manifest.get("files")
-    known = {MANIFEST, *(files if isinstance(files, dict) else ())}
     for path in all_files([place]):
         name = path.relative_to(place).as_posix()
         if name not in known:
@@ -261,6 +259,20 @@ def _check_replaceable(place: Path) -> None:
                 f"{place}: {name} is not part of the earlier output there; move it away or give "
                 f"another folder"
             )
+
+
+def _manifest_files(folder: Path) -> set[str] | None:
+    """The files that the manifest of an output of ours accounts for; None where it is not ours."""
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("tool") != MANIFEST_TOOL:
+        return None
+    entries = [manifest, *(a for a in manifest.get("artifacts") or () if isinstance(a, dict))]
+    files = [entry.get("files") for entry in entries]
+    return {
+        MANIFEST,
+        *REPORTS,
+        *(name for part in files if isinstance(part, dict) for name in part),
+    }
 
 
 def _check_work(work: Path) -> None:
