@@ -1,9 +1,10 @@
 """The MatMulNBits grid of onnxruntime: quantise, pack, unpack. NumPy in, NumPy out.
 
-A weight W (rows = outputs, columns = inputs) is cut along its columns into blocks of ``block_size``;
-each block has one float32 scale and one zero point, and a value is ``(q - zero) * scale`` with
-``q`` an unsigned integer of ``bits`` bits. Symmetric grids fix the zero point at ``2**(bits - 1)``
-and do not store it. Source: onnxruntime, ``docs/ContribOperators.md``, com.microsoft.MatMulNBits.
+A weight W (rows = outputs, columns = inputs) is cut along its columns into blocks of
+``block_size``; each block has one float32 scale and one zero point, and a value is
+``(q - zero) * scale`` with ``q`` an unsigned integer of ``bits`` bits. Symmetric grids fix the
+zero point at ``2**(bits - 1)`` and do not store it. Source: onnxruntime,
+``docs/ContribOperators.md``, com.microsoft.MatMulNBits.
 """
 
 from __future__ import annotations
@@ -90,8 +91,10 @@ def quantize(weight: np.ndarray, grid: NBitsGrid) -> NBitsTensor:
     """Round W (rows, columns) to the nearest point of the grid.
 
     Symmetric: the value of largest magnitude of a block maps to the end of the range that has one
-    point more (code 0), so the scale carries a sign. Below 8 bits the scale is the one of a few
-    clipped candidates with the least squared error. Raises ValueError for values that are not finite.
+    point more (code 0), so the scale carries a sign. Asymmetric: zero and both ends of the block
+    are points of the grid, up to the rounding of the zero point. No clipping is searched for: on
+    SmolLM2-135M at 4 bits, scales of least squared error gave a larger KL divergence than these.
+    Raises ValueError for values that are not finite.
     """
     if weight.ndim != 2:
         raise ValueError(f"a weight has two dimensions, not {weight.ndim}")

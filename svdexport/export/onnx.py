@@ -1,4 +1,4 @@
-"""ONNX folder for onnxruntime-genai and plain onnxruntime: export, and reading back what was written."""
+"""ONNX folder for onnxruntime-genai and plain onnxruntime: export, and reading back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 
 ROWS_KEY = "svdexport.rows"
-"""Model metadata: initialiser -> [checkpoint tensor, rows], so that a reader can take stacks apart."""
+"""Model metadata: initialiser -> [checkpoint tensor, rows], to take stacked weights apart."""
 
 MAX_IR_VERSION = 13
 MAX_OPSET = 26
@@ -28,7 +28,7 @@ MAX_OPSET = 26
 
 _BITS = {"fp32": None, "int8": 8, "int4": 4}
 _HEAD_BITS = {"fp32": None, "int8": 8, "int4": 8}
-"""The LM head stays at 8 bits in a 4-bit export, as llama.cpp keeps it at 6: it is the most sensitive."""
+"""A 4-bit export keeps the LM head, the most sensitive, at 8 bits; llama.cpp keeps it at 6."""
 
 
 def export(request: ExportRequest) -> Exported:
@@ -36,7 +36,8 @@ def export(request: ExportRequest) -> Exported:
     try:
         import onnx_ir as ir
 
-        from svdexport.export.onnx_builder import BuildPlan, build
+        from svdexport.export.onnx_builder import build
+        from svdexport.export.onnx_emit import BuildPlan
         from svdexport.export.onnx_files import write_side_files
         from svdexport.export.onnx_pack import DataWriter
     except ImportError as error:
@@ -70,8 +71,8 @@ def _grid(bits: int | None, block_size: int) -> NBitsGrid | None:
 def _notes(spec: OnnxExport, emission: Any, plan: Any) -> Iterator[str]:
     if plan.grid is not None:
         yield (
-            f"linears: {plan.grid.bits} bits, blocks of {plan.grid.block_size}, symmetric, rounded to "
-            "nearest (MatMulNBits, accuracy level 4: activations in int8)"
+            f"linears: {plan.grid.bits} bits, blocks of {plan.grid.block_size}, symmetric, rounded "
+            "to nearest (MatMulNBits, accuracy level 4: activations in int8)"
         )
         yield f"LM head: {plan.head_grid.bits} bits"
     if emission.shared_embedding:
@@ -104,7 +105,9 @@ def read_back(
     model = onnx.load(str(path / MODEL_FILE), load_external_data=False)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     if ROWS_KEY not in metadata:
-        raise ArtifactError(f"{path / MODEL_FILE}: no {ROWS_KEY} metadata: not written by svdexport")
+        raise ArtifactError(
+            f"{path / MODEL_FILE}: no {ROWS_KEY} metadata: not written by svdexport"
+        )
     rows: dict[str, list[tuple[str, int]]] = json.loads(metadata[ROWS_KEY])
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     seen: set[str] = set()
@@ -121,8 +124,10 @@ def read_back(
                 yield tensor_name, values[start : start + count]
                 start += count
             if start != values.shape[0]:
-                raise ArtifactError(f"{path / MODEL_FILE}: {name} has {values.shape[0]} rows, "
-                                    f"its metadata says {start}")
+                raise ArtifactError(
+                    f"{path / MODEL_FILE}: {name} has {values.shape[0]} rows, "
+                    f"its metadata says {start}"
+                )
     if seen != set(rows):
         missing = ", ".join(sorted(set(rows) - seen))
         raise ArtifactError(f"{path / MODEL_FILE}: no node reads {missing}")
@@ -145,9 +150,9 @@ def _node_weight(node: Any, tensors: Mapping[str, Any], folder: Path) -> np.ndar
     bits, columns = attributes["bits"], attributes["K"]
     packed, scales = array(node.input[1]), array(node.input[2])
     expanded = np.unpackbits(packed, axis=-1, bitorder="little")
-    codes = np.packbits(
-        expanded.reshape(*packed.shape[:2], -1, bits), axis=-1, bitorder="little"
-    )[..., 0].astype(np.int16)
+    codes = np.packbits(expanded.reshape(*packed.shape[:2], -1, bits), axis=-1, bitorder="little")[
+        ..., 0
+    ].astype(np.int16)
     zeros: np.ndarray | int = 1 << (bits - 1)
     if len(node.input) > 3 and node.input[3]:
         flat = np.unpackbits(array(node.input[3]), axis=-1, bitorder="little")
@@ -159,7 +164,7 @@ def _node_weight(node: Any, tensors: Mapping[str, Any], folder: Path) -> np.ndar
 
 
 def check_round_trip(path: Path, tensors: Mapping[str, TensorRecord]) -> list[str]:
-    """Compare the folder's initialisers with what was meant; returns the differences, empty if none."""
+    """Compare the folder's initialisers with what was meant; returns the differences."""
     import onnx
 
     problems = []

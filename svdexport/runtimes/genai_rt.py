@@ -62,7 +62,7 @@ class GenaiRuntime:
         tokens = np.asarray(tokens, np.int32)
         generator = self._generator(tokens.size + 1)
         generator.append_tokens(tokens[None])
-        logits = np.asarray(generator.get_output("logits"), np.float32)[0]
+        logits: np.ndarray = np.asarray(generator.get_output("logits"), np.float32)[0]
         if logits.shape[0] != tokens.size:
             raise InputError(f"{self.path}: the graph gives logits of the last position only")
         return logits

@@ -140,8 +140,8 @@ class OrtRuntime:
             for name in self._past:
                 self._cache[name] = outputs[name.replace("past_key_values.", "present.")]
         self._length = total
-        logits: np.ndarray = outputs["logits"].numpy()
-        return logits[0]
+        logits: np.ndarray = outputs["logits"].numpy()[0]
+        return logits
 
     def _bound_outputs(self) -> list[str]:
         return [*(name.replace("past_key_values.", "present.") for name in self._past), "logits"]

@@ -54,7 +54,9 @@ def operators(out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("groups", [[], SHARED, APART, MIXED], ids=["dense", "shared", "apart", "mixed"])
+@pytest.mark.parametrize(
+    "groups", [[], SHARED, APART, MIXED], ids=["dense", "shared", "apart", "mixed"]
+)
 def test_float32_equals_torch(family: str, groups: list[list[str]], tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "onnx"
     model = make_model(source, family)
@@ -176,7 +178,9 @@ def test_bytes_are_the_same_every_time(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert {"model.onnx", "model.onnx.data", "genai_config.json", "config.json"} <= set(names)
     for name in names:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), (
+            name
+        )
 
 
 def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
@@ -193,9 +197,7 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
 
 def test_config_has_both_rope_forms_and_no_quantisation(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "onnx"
-    make_model(
-        source, "llama", rope_parameters={"rope_theta": 5000.0, "rope_type": "default"}
-    )
+    make_model(source, "llama", rope_parameters={"rope_theta": 5000.0, "rope_type": "default"})
     checkpoint = compress(source, tmp_path / "low", SHARED)
     run_export(source, checkpoint, out, "fp32")
     config = json.loads((out / "config.json").read_text())

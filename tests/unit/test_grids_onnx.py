@@ -76,9 +76,7 @@ def test_onnxruntime_reads_the_values_we_meant(
 
 @settings(max_examples=60, deadline=None)
 @given(grid=grids, shape=shapes, seed=st.integers(0, 1000))
-def test_packing_is_undone_by_unpacking(
-    grid: NBitsGrid, shape: tuple[int, int], seed: int
-) -> None:
+def test_packing_is_undone_by_unpacking(grid: NBitsGrid, shape: tuple[int, int], seed: int) -> None:
     tensor = quantize(random_weight(shape, seed), grid)
     packed = pack(tensor)
     back = unpack(packed, shape[1], grid)
@@ -109,9 +107,7 @@ def test_points_of_the_grid_stay_where_they_are(
     assert np.allclose(dequantize(quantize(once, grid)), once, rtol=1e-6, atol=0)
 
 
-@given(
-    bits=st.sampled_from([2, 4, 8]), count=st.integers(1, 40), seed=st.integers(0, 100)
-)
+@given(bits=st.sampled_from([2, 4, 8]), count=st.integers(1, 40), seed=st.integers(0, 100))
 def test_bits_go_low_first(bits: int, count: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (2, count)).astype(np.uint8)
     packed = pack_bits(codes, bits)

@@ -100,7 +100,9 @@ def compress(
                 tensors[f"{member}.lr_b.weight"] = part
                 low_rank[member] = PairSpec(rank, members[0])
     out.mkdir(parents=True)
-    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, out / "model.safetensors")
+    save_file(
+        {name: t.contiguous().clone() for name, t in tensors.items()}, out / "model.safetensors"
+    )
     config = {**dense.config, "quantization_config": low_rank_config(low_rank)}
     (out / "config.json").write_text(json.dumps(config))
     return Checkpoint.open(out)
