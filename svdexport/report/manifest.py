@@ -1,0 +1,148 @@
+"""`manifest.json`: what a published folder holds, how it was made, and how to repeat each figure.
+
+It is the run's result (`result.to_dict`) with two more keys: `files`, the size and sha256 of
+every file of the folder but itself, and `figures`, each with the command that repeats it. Write
+it last.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from svdexport.core.measures import Quality
+from svdexport.errors import InputError
+from svdexport.files import all_files, sha256_file, write_atomic
+from svdexport.report import result as results
+from svdexport.report.result import ArtifactResult, RunResult
+
+NAME = "manifest.json"
+MAX_BYTES = 1 << 28  # a manifest of a large model has some 10,000 tensors: a few megabytes
+
+_QUALITY_FIGURES = ("perplexity", "perplexity_ratio", "mean_kld", "kld_p999", "same_top")
+
+
+def write(result: RunResult, folder: Path) -> Path:
+    """Write the manifest of a folder whose other files are all there. Raises ValueError where a
+    figure is not finite."""
+    data = results.to_dict(result)
+    data["files"] = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_file(path),
+        }
+        for path in all_files([folder])
+        if path != folder / NAME
+    }
+    data["figures"] = list(figures(result))
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomic(folder / NAME, text)
+    return folder / NAME
+
+
+def read(folder: Path) -> tuple[RunResult, dict[str, dict[str, Any]]]:
+    """The result and the `files` of a folder's manifest. Raises InputError where it has none, or
+    one that this version cannot read."""
+    path = folder / NAME
+    if path.is_symlink() or not path.is_file():
+        raise InputError(f"{folder}: no {NAME}: not a folder that `svdexport run` wrote")
+    if path.stat().st_size > MAX_BYTES:
+        raise InputError(f"{path}: larger than any manifest ({path.stat().st_size} bytes)")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        result = results.from_dict(data)
+        files = data["files"]
+        for name, entry in files.items():
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
+                raise ValueError(f"files.{name}: needs bytes and sha256")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: not a manifest that can be read ({error})") from None
+    return result, files
+
+
+def figures(result: RunResult) -> Iterator[dict[str, Any]]:
+    """Every announced figure with its interval and the command that repeats it."""
+    for artifact in result.artifacts:
+        yield {
+            "artifact": artifact.path,
+            "figure": "bytes",
+            "value": artifact.bytes,
+            "command": f"svdexport inspect {shlex.quote(artifact.path)}",
+        }
+        if artifact.quality is not None:
+            yield from _quality(result, artifact, artifact.quality)
+        if artifact.speed is not None:
+            yield from _speed(result, artifact)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the manifest."""
+    schema = results.json_schema()
+    entry = {
+        "type": "object",
+        "required": ["bytes", "sha256"],
+        "properties": {"bytes": {"type": "integer"}, "sha256": {"type": "string"}},
+    }
+    figure = {
+        "type": "object",
+        "required": ["artifact", "figure", "value", "command"],
+        "properties": {
+            "artifact": {"type": "string"},
+            "figure": {"type": "string"},
+            "value": {"type": "number"},
+            "low": {"type": "number"},
+            "high": {"type": "number"},
+            "command": {"type": "string"},
+        },
+    }
+    schema["properties"]["files"] = {"type": "object", "additionalProperties": entry}
+    schema["properties"]["figures"] = {"type": "array", "items": figure}
+    schema["required"] = [*schema["required"], "files", "figures"]
+    schema["title"] = f"svdexport manifest, version {results.SCHEMA_VERSION}"
+    return schema
+
+
+def _quality(
+    result: RunResult, artifact: ArtifactResult, quality: Quality
+) -> Iterator[dict[str, Any]]:
+    command = _eval_command(result, artifact, quality)
+    for name in _QUALITY_FIGURES:
+        value = getattr(quality, name)
+        if value is None:
+            continue
+        entry = {"artifact": artifact.path, "figure": name, "value": value, "command": command}
+        spread = quality.spreads.get(name)
+        if spread is not None:
+            entry |= {"low": spread.low, "high": spread.high}
+        yield entry
+
+
+def _eval_command(result: RunResult, artifact: ArtifactResult, quality: Quality) -> str:
+    """`eval` where the text is a file and the artifact is there; else the run itself."""
+    text = result.recipe.get("evaluate", {}).get("text")
+    model = result.recipe.get("model", {}).get("path")
+    if not (text and artifact.kept):
+        return result.command
+    parts = ["svdexport", "eval", artifact.path, "--text", str(text)]
+    parts += ["--context", str(quality.context), "--windows", str(quality.windows)]
+    if model:
+        parts += ["--reference", str(model)]
+    return shlex.join(parts)
+
+
+def _speed(result: RunResult, artifact: ArtifactResult) -> Iterator[dict[str, Any]]:
+    """The dense twin is not in the folder, so that only the run repeats a speed."""
+    assert artifact.speed is not None
+    for timing in artifact.speed.timings:
+        head = {"artifact": artifact.path, "command": result.command}
+        yield head | {"figure": f"{timing.metric}_tps", "value": timing.tps}
+        if timing.speedup is not None:
+            yield head | {
+                "figure": f"{timing.metric}_speedup",
+                "value": timing.speedup.median,
+                "low": timing.speedup.low,
+                "high": timing.speedup.high,
+            }
