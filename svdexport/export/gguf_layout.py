@@ -16,7 +16,7 @@ import numpy as np
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import InputError
 from svdexport.export.gguf_match import Match
-from svdexport.export.gguf_types import Types, held
+from svdexport.export.gguf_types import FLOATS, Types, held
 from svdexport.export.gguf_write import Planned
 from svdexport.runtimes.gguf_file import GgufFile, nbytes
 
@@ -120,6 +120,7 @@ class LayoutBuilder:
         self._layout = Layout()
         self._fallbacks: Counter[tuple[str, str, str]] = Counter()
         self._extra_bytes: Counter[tuple[str, str, str]] = Counter()
+        self._requantised: Counter[tuple[str, str]] = Counter()
         self._done: set[str] = set()
 
     def build(self) -> Layout:
@@ -131,6 +132,7 @@ class LayoutBuilder:
                 self._add_dense(name)
         self._note_fallbacks()
         self._note_copies()
+        self._note_requantised()
         return self._layout
 
     def _add_pair(self, place: PairPlace) -> None:
@@ -168,6 +170,8 @@ class LayoutBuilder:
         elif held(asked, info.ne[0]) == info.type or len(info.ne) < 2:
             self._layout.tensors.append(Planned(name, info.ne, info.type, lambda: base.raw(name)))
         else:
+            if info.type not in FLOATS:
+                self._requantised[info.type, held(asked, info.ne[0])] += 1
             self._add(name, info.ne, asked, lambda: base.rows(name))
 
     def _add(
@@ -205,6 +209,11 @@ class LayoutBuilder:
                 f"{sum(copied.values())} further copies of a shared A were written, since "
                 f"llama.cpp finds none under a shared name there: {some}"
             )
+
+    def _note_requantised(self) -> None:
+        """Dense tensors of a quantised input were dequantised to get the type asked for."""
+        for (given, now), count in sorted(self._requantised.items()):
+            self._layout.notes.append(f"{count} dense tensors of the given GGUF: {given} to {now}")
 
 
 def floats(checkpoint: Checkpoint, name: str) -> np.ndarray:

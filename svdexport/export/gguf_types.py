@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from svdexport.recipe import GgufExport
 from svdexport.runtimes.ggml import fits
-from svdexport.runtimes.gguf_file import element_count, nbytes
 from svdexport.safety.gguf_header import GgufTensor
 
 FLOATS = ("F32", "F16", "BF16")
@@ -65,20 +64,14 @@ class Types:
         them: the type itself, but the head (or tied embedding) Q6_K below Q8_0.
         """
         plain = spec.type in (*FLOATS, "Q8_0")
-        head = getattr(spec, "head_type", None) or (spec.type if plain else "Q6_K")
-        embedding = getattr(spec, "embedding_type", None) or spec.type
-        if tied:
-            given = getattr(spec, "embedding_type", None) or getattr(spec, "head_type", None)
-            embedding = given or head
-        a, b = getattr(spec, "type_a", None), getattr(spec, "type_b", None)
-        return cls(spec.type, a or spec.type, b or spec.type, embedding, head)
+        head = spec.head_type or (spec.type if plain else "Q6_K")
+        embedding = spec.embedding_type or (head if tied else spec.type)
+        return cls(spec.type, spec.type_a or spec.type, spec.type_b or spec.type, embedding, head)
 
     def dense(self, name: str, info: GgufTensor) -> str:
         """The type asked for a dense tensor of the base; its own where it is not to be changed."""
         if len(info.ne) < 2 or not name.endswith(".weight"):
             return info.type
-        if info.type not in FLOATS and not _shrinks(info, self.linear):
-            return info.type  # a quantised base is not blown up
         if any(part in name for part in NOT_QUANTISED):
             return info.type
         if name == "token_embd.weight":
@@ -92,7 +85,3 @@ def held(type_name: str, row_length: int) -> str:
         if fits(candidate, row_length):
             return candidate
     return "F16"
-
-
-def _shrinks(info: GgufTensor, type_name: str) -> bool:
-    return nbytes(held(type_name, info.ne[0]), element_count(info)) < info.nbytes

@@ -17,6 +17,10 @@ SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # struct fo
 U32, U64, F32, STRING, ARRAY = 4, 10, 6, 8, 9
 HEADER_BYTES = 24  # magic, version, tensor count, key count
 
+# An export for a stock llama.cpp says its form; ``stock_lora`` has its pairs in a second file.
+FORM_KEY = "svdexport.form"
+LORA_FORM = "stock_lora"
+
 
 class GgufFile:
     """An opened GGUF file.
@@ -105,6 +109,18 @@ class GgufFile:
             value, at = self._value(item, at)
             values.append(value)
         return values, at
+
+
+def adapter_path(path: Path) -> Path:
+    """Where a ``stock_lora`` export has its adapter: ``model.gguf`` -> ``model.lora.gguf``."""
+    return path.with_suffix(".lora.gguf")
+
+
+def adapter_of(path: Path) -> Path | None:
+    """The adapter beside a written file, where the file says that it has one."""
+    if GgufFile(path).value(FORM_KEY) != LORA_FORM:
+        return None
+    return adapter_path(path)
 
 
 def element_count(info: GgufTensor) -> int:

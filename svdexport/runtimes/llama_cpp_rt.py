@@ -13,7 +13,7 @@ import numpy as np
 
 from svdexport.errors import InputError, ResourceError
 from svdexport.runtimes.ggml import bindings, supports_low_rank
-from svdexport.runtimes.gguf_file import GgufFile
+from svdexport.runtimes.gguf_file import GgufFile, adapter_of
 
 BATCH = 2048  # tokens handed to llama_decode at once
 MICRO_BATCH = 512  # tokens computed at once, llama.cpp's default
@@ -35,7 +35,8 @@ class LlamaCppRuntime:
         threads: for prompts and for single tokens alike.
         context: most tokens of a prompt with its continuation.
         exact: keep keys and values in F32, without flash attention: for comparisons of logits.
-        adapters: LoRA adapter GGUFs to apply, at scale 1.
+        adapters: LoRA adapter GGUFs to apply, at scale 1; without any, the one that the file says
+            it has beside it (an export of form ``stock_lora``).
 
     Raises:
         InputError: the file is broken, or this llama.cpp cannot load it.
@@ -69,7 +70,9 @@ class LlamaCppRuntime:
         self._ctx = self._open_context(exact)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.vocab_size = int(self._lib.llama_vocab_n_tokens(self._vocab))
-        self._adapters = [self._open_adapter(adapter) for adapter in adapters]
+        beside = adapter_of(path)
+        given = adapters or ([beside] if beside else [])
+        self._adapters = [self._open_adapter(adapter) for adapter in given]
         self._apply_adapters()
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -169,7 +172,7 @@ class LlamaCppRuntime:
         if not self._adapters:
             return
         count = len(self._adapters)
-        adapters = (ctypes.c_void_p * count)(*self._adapters)
+        adapters = (self._lib.llama_adapter_lora_p_ctypes * count)(*self._adapters)
         scales = (ctypes.c_float * count)(*[1.0] * count)
         if self._lib.llama_set_adapters_lora(self._ctx, adapters, count, scales):
             raise InputError(f"{self.path}: llama.cpp cannot apply its adapters: {_last_said()}")

@@ -12,6 +12,7 @@ import torch
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import InputError
 from svdexport.export import gguf
+from svdexport.export.gguf_plan import make_plan
 from svdexport.runtimes.ggml import supports_low_rank
 from svdexport.runtimes.llama_cpp_rt import LlamaCppRuntime
 from tests.unit.gguf_models import (
@@ -100,7 +101,7 @@ def test_read_back_gives_the_checkpoints_values(llama: Path, tmp_path: Path) -> 
 
 def test_rows_of_b_follow_the_converters_permutation(llama: Path, tmp_path: Path) -> None:
     checkpoint, _ = compress(llama, tmp_path / "small", rank=32)
-    plan = gguf.make_plan(Checkpoint.open(checkpoint), llama, None, work_of(llama))
+    plan = make_plan(Checkpoint.open(checkpoint), llama, None, work_of(llama))
     orders = {name: match.order for name, match in plan.matches.items()}
     q = orders["model.layers.0.self_attn.q_proj.weight"]
     k = orders["model.layers.1.self_attn.k_proj.weight"]

@@ -1,0 +1,112 @@
+"""Read a written GGUF back with gguf-py: the second pair of eyes on a file that we wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from svdexport.checkpoint import Checkpoint
+from svdexport.errors import MissingExtraError
+from svdexport.export.base import TensorRecord
+from svdexport.export.gguf_layout import PairPlace
+from svdexport.export.gguf_plan import make_plan
+from svdexport.runtimes.gguf_file import adapter_of
+from svdexport.safety.gguf_header import check_gguf
+
+
+def read_back(
+    path: Path, checkpoint: Checkpoint, source: Path, source_gguf: Path | None, work: Path
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Matrices of a written file under the checkpoint's names, as float32 in its row order.
+
+    Read with gguf-py, dequantised by its own code. 1-d tensors are left out: they are exact.
+    Where the file's form is for a stock llama.cpp, a pair comes as ``<linear>.weight``.
+    """
+    plan = make_plan(checkpoint, source, source_gguf, work)
+    reader = _Reader(path)
+    done = set()
+    for place in plan.places:
+        if place.b not in reader.tensors:
+            yield f"{place.linear}.weight", _stock_weight(reader, place)
+            continue
+        if place.leader not in done:
+            done.add(place.leader)
+            yield f"{place.leader}.lr_a.weight", reader.values(place.a)
+        b = place.match.from_file(reader.values(place.b))
+        yield f"{place.linear}.lr_b.weight", b
+    compressed = {f"{place.linear}.weight" for place in plan.places}
+    for name, match in plan.matches.items():
+        if name in compressed or not checkpoint.has(name):
+            continue
+        values = reader.values(match.tensor)
+        matrix = match.from_file(values if match.expert is None else values[match.expert])
+        yield name, matrix.T if match.transposed else matrix
+
+
+def check_round_trip(path: Path, tensors: dict[str, TensorRecord]) -> list[str]:
+    """What differs between a written file, read with gguf-py, and what was meant; empty is good."""
+    reader = _Reader(path)
+    problems = [f"{name}: missing in {path.name}" for name in tensors if name not in reader.tensors]
+    for name, tensor in reader.tensors.items():
+        meant = tensors.get(name)
+        if meant is None:
+            problems.append(f"{name}: not meant to be in {path.name}")
+            continue
+        data = np.ascontiguousarray(tensor.data).data.cast("B")
+        shape = tuple(int(n) for n in tensor.shape)
+        found = TensorRecord.of(shape, tensor.tensor_type.name, data)
+        if found != meant:
+            problems.append(f"{name}: {_difference(found, meant)}")
+    return problems
+
+
+def _difference(found: TensorRecord, meant: TensorRecord) -> str:
+    for what in ("shape", "type", "nbytes", "sha256"):
+        if (one := getattr(found, what)) != (other := getattr(meant, what)):
+            return f"{what} is {one}, meant was {other}"
+    return "equal"
+
+
+class _Reader:
+    """A file's tensors, and those of its adapter if it has one."""
+
+    def __init__(self, path: Path) -> None:
+        check_gguf(path)
+        try:
+            import gguf
+        except ImportError:
+            raise MissingExtraError("gguf", "reading a GGUF file") from None
+        self._dequantize = gguf.quants.dequantize
+
+        class Reader(gguf.GGUFReader):  # type: ignore[misc]
+            """Keeps its bytes as a plain array: a memmap's slices cost twice as much."""
+
+            @property
+            def data(self) -> np.ndarray:
+                return self._plain
+
+            @data.setter
+            def data(self, mapped: np.ndarray) -> None:
+                self._plain = np.asarray(mapped)
+
+        self.tensors = {tensor.name: tensor for tensor in Reader(path).tensors}
+        if (beside := adapter_of(path)) is not None:
+            check_gguf(beside)
+            self.tensors |= {tensor.name: tensor for tensor in Reader(beside).tensors}
+
+    def values(self, name: str) -> np.ndarray:
+        tensor = self.tensors[name]
+        values: np.ndarray = self._dequantize(tensor.data, tensor.tensor_type)
+        return values.astype(np.float32).reshape([int(n) for n in tensor.shape[::-1]])
+
+
+def _stock_weight(reader: _Reader, place: PairPlace) -> np.ndarray:
+    """The weight that a stock llama.cpp computes with, in the checkpoint's orientation."""
+    match = place.match
+    weight = reader.values(match.tensor)
+    if (b := f"{match.tensor}.lora_b") in reader.tensors:
+        weight = weight + reader.values(b) @ reader.values(f"{match.tensor}.lora_a")
+    rows = match.from_file(weight)
+    return rows.T if match.transposed else rows

@@ -1,0 +1,142 @@
+"""All weight types, forms for a stock llama.cpp, and a GGUF as the input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from svdexport.checkpoint import Checkpoint
+from svdexport.export import gguf
+from svdexport.export.gguf_types import FILE_TYPES
+from svdexport.runtimes.gguf_file import GgufFile
+from svdexport.runtimes.inspect_gguf import inspect
+from svdexport.runtimes.llama_cpp_rt import LlamaCppRuntime
+from tests.unit.gguf_models import compress, export, make_model, torch_logits, work_of
+
+TOKENS = np.random.default_rng(0).integers(3, 259, 40)
+WIDTH = 256  # rows that every type can hold
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, np.ndarray]:
+    """Source, checkpoint with pairs of rank 256, logits of the torch model with B A."""
+    root = tmp_path_factory.mktemp("wide")
+    source = make_model(root / "source", "Llama", hidden_size=WIDTH, intermediate_size=512)
+    checkpoint, reference = compress(source, root / "small", rank=256)
+    return source, checkpoint, torch_logits(reference, TOKENS)
+
+
+def logits_of(path: Path) -> np.ndarray:
+    runtime = LlamaCppRuntime(path, threads=1, context=64, exact=True)
+    found = runtime.logits(TOKENS)
+    runtime.close()
+    return found
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.sqrt(((found - expected) ** 2).mean()) / expected.std())
+
+
+@pytest.mark.parametrize("type_name", sorted(FILE_TYPES))
+def test_every_type_runs_and_reads_back(
+    type_name: str, model: tuple[Path, Path, np.ndarray], tmp_path: Path
+) -> None:
+    source, checkpoint, expected = model
+    made = export(checkpoint, source, tmp_path / "out.gguf", type=type_name)
+    assert made.notes == ()
+    factors = {r.type for name, r in made.tensors.items() if ".lr_" in name}
+    assert factors == {type_name}
+    assert gguf.check_round_trip(made.path, made.tensors) == []
+    # measured on this model: the error halves with every bit
+    bits = 8 * next(r.nbytes / np.prod(r.shape) for n, r in made.tensors.items() if ".lr_a" in n)
+    limits = {"F32": 1e-4, "F16": 5e-3, "BF16": 0.04}
+    assert relative(logits_of(made.path), expected) < limits.get(type_name, 40 / 2**bits)
+
+
+def test_each_part_gets_its_own_type(model: tuple[Path, Path, np.ndarray], tmp_path: Path) -> None:
+    source, checkpoint, expected = model
+    made = export(
+        checkpoint,
+        source,
+        tmp_path / "out.gguf",
+        type="Q4_0",
+        type_a="Q8_0",
+        type_b="Q6_K",
+        embedding_type="F16",
+        head_type="Q5_K",
+    )
+    types = {name: record.type for name, record in made.tensors.items()}
+    assert types["blk.0.attn_qkv.lr_a.weight"] == "Q8_0"
+    assert types["blk.1.ffn_down.lr_b.weight"] == "Q6_K"
+    assert (types["token_embd.weight"], types["output.weight"]) == ("F16", "Q5_K")
+    assert made.type == "Q4_0-a-Q8_0-b-Q6_K-embedding-F16-head-Q5_K"
+    assert relative(logits_of(made.path), expected) < 0.3
+
+
+def test_a_rank_that_a_type_cannot_hold_is_reported(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "source", "Llama", hidden_size=WIDTH)
+    checkpoint, _ = compress(source, tmp_path / "small", rank=40)
+    made = export(checkpoint, source, tmp_path / "out.gguf", type="Q4_K")
+    types = {name: record.type for name, record in made.tensors.items()}
+    assert types["blk.0.attn_q.lr_b.weight"] == "F16"  # 40 is no multiple of 32
+    assert types["blk.0.ffn_down.lr_a.weight"] == "Q5_0"  # rows of 96: llama.cpp's own fallback
+    assert types["blk.0.attn_qkv.lr_a.weight"] == "Q4_K"
+    notes = "\n".join(made.notes)
+    assert "blk.N.attn_q.lr_b.weight: 2 of type F16 instead of Q4_K" in notes
+    assert "blk.N.ffn_down.lr_a.weight: 2 of type Q5_0 instead of Q4_K" in notes
+
+
+def test_stock_form_is_a_plain_file_of_the_products(
+    model: tuple[Path, Path, np.ndarray], tmp_path: Path
+) -> None:
+    source, checkpoint, expected = model
+    made = export(checkpoint, source, tmp_path / "out.gguf", type="F32", form="stock")
+    assert not any(".lr_" in name for name in made.tensors)
+    assert inspect(made.path)["runtime"] == "llama.cpp"
+    assert relative(logits_of(made.path), expected) < 1e-4
+    opened = Checkpoint.open(checkpoint)
+    found = dict(gguf.read_back(made.path, opened, source, None, work_of(source)))
+    name = "model.layers.1.self_attn.q_proj"
+    assert np.allclose(found[f"{name}.weight"], opened.pair(name).dense().numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("type_name", ["F32", "Q4_0"])
+def test_stock_lora_form_adds_the_pairs_to_the_remainder(
+    type_name: str, model: tuple[Path, Path, np.ndarray], tmp_path: Path
+) -> None:
+    source, checkpoint, _ = model
+    spec = {"type": type_name, "type_a": "F16", "type_b": "F16", "form": "stock_lora"}
+    made = export(checkpoint, source, tmp_path / "out.gguf", **spec)
+    adapter = tmp_path / "out.lora.gguf"
+    assert made.bytes == made.path.stat().st_size + adapter.stat().st_size
+    assert inspect(adapter)["runtime"].endswith("beside its base model")
+    assert gguf.check_round_trip(made.path, made.tensors) == []
+    dense = export(source, source, tmp_path / "dense.gguf", type="F32")
+    plain = export(source, source, tmp_path / "plain.gguf", type=type_name)
+    expected = logits_of(dense.path)
+    error = relative(logits_of(made.path), expected)
+    # the pairs hold most of W, so quantising the remainder costs less than quantising W
+    assert error < (5e-3 if type_name == "F32" else relative(logits_of(plain.path), expected))
+
+
+@pytest.mark.parametrize("given", ["F16", "Q8_0", "Q4_K"])
+def test_a_gguf_in_gives_a_gguf_out(
+    given: str, model: tuple[Path, Path, np.ndarray], tmp_path: Path
+) -> None:
+    """A person has only a GGUF: transformers makes a folder of it, and its own GGUF is the base."""
+    from svdexport.models.loader import open_source
+    from svdexport.recipe import Model
+
+    source, _, _ = model
+    theirs = export(source, source, tmp_path / "theirs.gguf", type=given).path
+    opened = open_source(Model(gguf=theirs), tmp_path / "work")
+    assert opened.gguf == theirs
+    checkpoint, reference = compress(opened.folder, tmp_path / "small", rank=256, only="mlp")
+    made = export(checkpoint, opened.folder, tmp_path / "out.gguf", source_gguf=theirs, type="F32")
+    assert relative(logits_of(made.path), torch_logits(reference, TOKENS)) < 1e-3
+    assert any("dense tensors of the given GGUF" in note for note in made.notes) == (given != "F16")
+    base, ours = GgufFile(theirs), GgufFile(made.path)
+    for key, entry in base.kv_bytes.items():
+        assert key == "general.file_type" or ours.kv_bytes[key] == entry
