@@ -15,12 +15,10 @@ from svdexport.core.grids_onnx import NBitsGrid
 from svdexport.errors import ArtifactError, MissingExtraError
 from svdexport.export.base import Exported, ExportRequest, TensorRecord
 from svdexport.recipe import OnnxExport
+from svdexport.runtimes.onnx_graph import ROWS_KEY
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-
-ROWS_KEY = "svdexport.rows"
-"""Model metadata: initialiser -> [checkpoint tensor, rows], to take stacked weights apart."""
 
 MAX_IR_VERSION = 13
 MAX_OPSET = 26

@@ -1,0 +1,136 @@
+"""Linears of an ONNX graph, ours or anyone's: constant weights, and pairs of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from svdexport.errors import InputError
+
+ROWS_KEY = "svdexport.rows"
+"""Model metadata: initialiser -> [checkpoint tensor, rows], to take stacked weights apart."""
+
+_PASS = ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Unsqueeze")
+"""Operators between a stored weight and the product that uses it."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A multiplication with a constant weight.
+
+    Attributes:
+        node: its name.
+        source: name of the value it multiplies.
+        output: name of its result.
+        weight: name of the main initialiser.
+        shape: (outputs, inputs).
+        type: type of the stored weight, for example ``FLOAT`` or ``4 bits, blocks of 32``.
+        initializers: every initialiser it reads, scales and zero points among them.
+    """
+
+    node: str
+    source: str
+    output: str
+    weight: str
+    shape: tuple[int, int]
+    type: str
+    initializers: tuple[str, ...]
+
+
+class OnnxGraph:
+    """A model.onnx without its external data. Raises InputError where onnx cannot parse it."""
+
+    def __init__(self, path: Path) -> None:
+        import onnx
+
+        try:
+            self.model = onnx.load(str(path), load_external_data=False)
+        except Exception as error:  # protobuf's DecodeError is no public class
+            raise InputError(f"{path}: not an ONNX model ({error})") from None
+        self.path = path
+        self.nodes = list(self.model.graph.node)
+        self.initializers = {t.name: t for t in self.model.graph.initializer}
+        self.producers = {name: node for node in self.nodes for name in node.output if name}
+        self.metadata = {entry.key: entry.value for entry in self.model.metadata_props}
+
+    def rows(self) -> dict[str, list[tuple[str, int]]]:
+        """Our own note of which checkpoint tensors an initialiser holds; empty in foreign files."""
+        found = json.loads(self.metadata.get(ROWS_KEY, "{}"))
+        return {key: [(str(name), int(n)) for name, n in value] for key, value in found.items()}
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of an initialiser's data."""
+        import onnx
+
+        tensor = self.initializers[name]
+        if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+            return (math.prod(tensor.dims) + 1) // 2
+        if tensor.data_type == onnx.TensorProto.STRING:
+            return sum(len(text) for text in tensor.string_data)
+        kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        return math.prod(tensor.dims) * kind.itemsize
+
+    def products(self) -> list[Product]:
+        """Every MatMul, Gemm, FusedMatMul or MatMulNBits with a constant weight, in order."""
+        found = []
+        for node in self.nodes:
+            if node.op_type == "MatMulNBits":
+                found.append(self._nbits(node))
+            elif node.op_type in ("MatMul", "FusedMatMul", "Gemm"):
+                found += self._float(node)
+        return found
+
+    def _nbits(self, node: Any) -> Product:
+        a = _integers(node)
+        kind = f"{a['bits']} bits, blocks of {a['block_size']}"
+        read = tuple(name for name in node.input[1:] if name in self.initializers)
+        shape = (a["N"], a["K"])
+        return Product(node.name, node.input[0], node.output[0], node.input[1], shape, kind, read)
+
+    def _float(self, node: Any) -> list[Product]:
+        import onnx
+
+        read = self._constants_behind(node.input[1])
+        tensors = [self.initializers[name] for name in read]
+        if not tensors or len(tensors[0].dims) != 2:
+            return []
+        flips = node.op_type != "MatMul" and bool(_integers(node).get("transB"))
+        flips ^= self._is_transposed(node.input[1])
+        dims = (int(tensors[0].dims[0]), int(tensors[0].dims[1]))
+        kind = onnx.TensorProto.DataType.Name(tensors[0].data_type)
+        shape = dims if flips else (dims[1], dims[0])
+        return [Product(node.name, node.input[0], node.output[0], read[0], shape, kind, read)]
+
+    def _constants_behind(self, value: str) -> tuple[str, ...]:
+        """Initialisers that alone make a value; the main one first. Empty where it is computed."""
+        if value in self.initializers:
+            return (value,)
+        node = self.producers.get(value)
+        if node is None or node.op_type not in _PASS:
+            return ()
+        parts = [self._constants_behind(name) for name in node.input if name]
+        if not parts[0]:
+            return ()
+        return tuple(name for part in parts for name in part)
+
+    def _is_transposed(self, value: str) -> bool:
+        node = self.producers.get(value)
+        if node is None or node.op_type not in _PASS:
+            return False
+        return (node.op_type == "Transpose") ^ self._is_transposed(node.input[0])
+
+
+def layer_of(name: str) -> tuple[int | None, str]:
+    """Layer number in a node's or tensor's name, and what follows it."""
+    match = re.search(r"(?:layers?|h|blocks?)[./](\d+)[./](.+)", name)
+    return (int(match[1]), match[2]) if match else (None, name)
+
+
+def _integers(node: Any) -> dict[str, int]:
+    return {attribute.name: int(attribute.i) for attribute in node.attribute}
