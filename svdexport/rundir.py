@@ -32,7 +32,6 @@ from svdexport.files import (
 
 __all__ = [
     "MANIFEST",
-    "MANIFEST_TOOL",
     "RunDir",
     "atomic_file",
     "check_out",
@@ -43,8 +42,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-REPORTS = ("README.md", "report.html", "summary.md")
-MANIFEST_TOOL = "svdexport"  # value of the manifest's "tool": the folder is one of our outputs
+_TOOL = "svdexport"
 _RUN = "run.json"
 
 
@@ -189,7 +187,7 @@ class RunDir:
                 self._old.rename(self.out)
 
     def _write_run(self, complete: bool) -> None:
-        record = {"tool": MANIFEST_TOOL, "recipe": self._recipe_hash, "complete": complete}
+        record = {"tool": _TOOL, "recipe": self._recipe_hash, "complete": complete}
         write_atomic(self.work / _RUN, _dumps(record))
 
     def _marker(self, stage: str) -> Path:
@@ -264,15 +262,10 @@ def _check_replaceable(place: Path) -> None:
 def _manifest_files(folder: Path) -> set[str] | None:
     """The files that the manifest of an output of ours accounts for; None where it is not ours."""
     manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("tool") != MANIFEST_TOOL:
+    if not isinstance(manifest, dict) or not {"schema", "recipe_sha256"} <= manifest.keys():
         return None
-    entries = [manifest, *(a for a in manifest.get("artifacts") or () if isinstance(a, dict))]
-    files = [entry.get("files") for entry in entries]
-    return {
-        MANIFEST,
-        *REPORTS,
-        *(name for part in files if isinstance(part, dict) for name in part),
-    }
+    files = manifest.get("files")
+    return {MANIFEST, *files} if isinstance(files, dict) else None
 
 
 def _check_work(work: Path) -> None:
@@ -285,7 +278,7 @@ def _check_work(work: Path) -> None:
     names = {path.name for path in work.iterdir() if not path.name.startswith(f".{_RUN}.")}
     if not names <= {"lock"}:
         record = read_json(work / _RUN)
-        if not isinstance(record, dict) or record.get("tool") != MANIFEST_TOOL:
+        if not isinstance(record, dict) or record.get("tool") != _TOOL:
             raise RecipeError(f"{work}: not a work folder of svdexport; move it away")
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from svdexport.core.machine import describe
 from svdexport.core.measures import ArtifactSpeed, GateResult, Measured, Quality, Verdict
+from svdexport.files import sha256_file
 from svdexport.pipeline.artifacts import Artifact, export_all
 from svdexport.pipeline.job import Job, ModelUnderWork, versions
 from svdexport.pipeline.measure import SPEED_RUNTIME, artifact_key, measure_quality, measure_speed
@@ -73,11 +77,11 @@ def clean(work: Path) -> None:
 
 
 def write_reports(result: RunResult, folder: Path) -> None:
-    """manifest.json, README.md (model card), report.html and summary.md."""
-    manifest.write(result, folder)
+    """README.md (model card), report.html, summary.md, and manifest.json, which lists them all."""
     card.write(result, folder)
     html.write(result, folder)
     markdown.write(result, folder)
+    manifest.write(result, folder)
 
 
 def _measured(
@@ -142,10 +146,6 @@ def _result(
     gates: tuple[GateResult, ...],
     verdict: Verdict,
 ) -> RunResult:
-    import json
-
-    from svdexport.verify.noise import describe
-
     recipe = job.recipe
     return RunResult(
         name=job.rundir.out.name,
@@ -172,8 +172,6 @@ def _result(
 
 def source_model(model: ModelUnderWork) -> SourceModel:
     """Name, architecture, size, licence and hashes of what the user gave."""
-    from svdexport.files import sha256_file
-
     source = model.source
     given = [source.gguf] if source.gguf else sorted(source.folder.glob("*.safetensors"))
     config = model.checkpoint.config
@@ -189,8 +187,6 @@ def source_model(model: ModelUnderWork) -> SourceModel:
 
 def _license(folder: Path) -> str:
     """The ``license`` of the folder's model card, or nothing."""
-    import re
-
     card_file = folder / "README.md"
     if not card_file.is_file():
         return ""

@@ -43,7 +43,7 @@ def toy_run(out: Path, version: str, pause: float = 0.0) -> list[str]:
         run.staging.mkdir(exist_ok=True)
         with atomic_file(run.staging / "model.gguf") as temporary:
             temporary.write_text(content)
-        manifest = {"tool": "svdexport", "files": {"model.gguf": content}}
+        manifest = {"schema": 1, "recipe_sha256": "0", "files": {"model.gguf": content}}
         with atomic_file(run.staging / MANIFEST) as temporary:
             temporary.write_text(json.dumps(manifest))
         run.publish()

@@ -27,7 +27,7 @@ from svdexport.rundir import (
 def stage_output(run: RunDir, text: str) -> None:
     run.staging.mkdir(parents=True, exist_ok=True)
     (run.staging / "model.gguf").write_text(text)
-    manifest = {"tool": "svdexport", "files": {"model.gguf": "x"}}
+    manifest = {"schema": 1, "recipe_sha256": "0", "files": {"model.gguf": "x"}}
     (run.staging / MANIFEST).write_text(json.dumps(manifest))
 
 
