@@ -127,7 +127,8 @@ def _by_outputs(
     gram = product @ weight.T
     root = None
     if metrics is not None:
-        root = torch.block_diag(*(damped_cholesky(g, 0.0)[0] for g in metrics))
+        roots = [damped_cholesky(g, 0.0)[0] for g in metrics]
+        root = torch.block_diag(*roots)  # type: ignore[no-untyped-call]
         gram = root.T @ gram @ root
     energies, vectors = _top(gram)
     u = vectors[:, :limit]
@@ -140,7 +141,7 @@ def _by_outputs(
 
 
 def _apply_blocks(blocks: list[Tensor], weight: Tensor) -> Tensor:
-    rows = weight.split([block.shape[0] for block in blocks])
+    rows = torch.split(weight, [block.shape[0] for block in blocks])
     return torch.cat([block @ part for block, part in zip(blocks, rows, strict=True)])
 
 

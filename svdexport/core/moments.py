@@ -22,6 +22,6 @@ class Moment:
     def add(self, x: Tensor) -> None:
         """Add rows: x of shape (..., n)."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
-        for chunk in rows.split(_CHUNK):
+        for chunk in torch.split(rows, _CHUNK):
             self.matrix += chunk.T @ chunk
         self.rows += rows.shape[0]

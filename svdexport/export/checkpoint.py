@@ -83,7 +83,7 @@ def _name_shards(out: Path, shards: list[list[str]], records: dict[str, TensorRe
     if len(shards) == 1:
         (out / "shard-0").rename(out / SINGLE_NAME)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (out / f"shard-{number}").rename(out / file)
@@ -122,7 +122,7 @@ def export(request: ExportRequest) -> Exported:
     spec = request.spec
     assert isinstance(spec, CheckpointExport)
     checkpoint = request.checkpoint
-    name = spec.dtype
+    name: str = spec.dtype
     if name == "source":
         name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "")
         name = name if name in DTYPES else "float32"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from svdexport.core.decompose import Decomposition
@@ -45,4 +46,4 @@ class Method:
 
 def split_outputs(stacked: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Rows of a stacked B (sum m_i, k) by member."""
-    return tuple(stacked.split(list(sizes)))
+    return tuple(torch.split(stacked, list(sizes)))

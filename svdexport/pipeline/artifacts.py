@@ -145,7 +145,8 @@ def parity_tokens(job: Job, model: Any) -> np.ndarray:
     """The first evaluation tokens: real text, so that the logits are those of ordinary use."""
     from safetensors.numpy import load_file
 
-    return load_file(job.work / "tokens.safetensors")["evaluation"].reshape(-1)[:PARITY_TOKENS]
+    tokens: np.ndarray = load_file(job.work / "tokens.safetensors")["evaluation"]
+    return tokens.reshape(-1)[:PARITY_TOKENS]
 
 
 def parity_runtime(path: Path, threads: int) -> Runtime:

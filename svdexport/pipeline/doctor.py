@@ -47,7 +47,7 @@ def _llama_cpp() -> dict[str, Any]:
         return {"installed": False, "low_rank": False, "converter": False, "advice": advice}
     from svdexport.errors import SvdexportError
     from svdexport.export.gguf_base import converter
-    from svdexport.runtimes.llama_cpp_rt import supports_low_rank
+    from svdexport.runtimes.ggml import supports_low_rank
 
     knows = supports_low_rank()
     try:

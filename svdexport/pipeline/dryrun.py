@@ -45,15 +45,16 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
                 "params": item.cost(choice.rank),
             }
         )
-    dense = sum(row["params_dense"] for row in rows)
+    dense = sum(candidate(group).dense_params for group in groups)
+    params = sum(candidate(group).cost(chosen[group.leader].rank) for group in groups)
     return {
         "model": str(source.given),
         "method": compress.method,
         "ranks": "uniform" if compress.allocate == "uniform" else "uniform preview of greedy",
         "groups": rows,
         "params_dense": dense,
-        "params": sum(row["params"] for row in rows),
-        "kept": sum(row["params"] for row in rows) / dense,
+        "params": params,
+        "kept": params / dense,
         "memory_bytes": _memory(recipe, structure, groups),
     }
 

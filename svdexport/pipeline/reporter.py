@@ -33,11 +33,8 @@ class Reporter:
         self.console.print(f"[bold]{name}[/bold]" + (" (done before)" if resumed else ""))
         self._began, self._tenth = time.perf_counter(), -1
         live = sys.stderr.isatty() and not self.quiet
-        columns = (
-            TextColumn("  {task.description}"),
-            BarColumn(24),
-            TextColumn("{task.percentage:>3.0f}%"),
-        )
+        share = TextColumn("{task.percentage:>3.0f}%")
+        columns = (TextColumn("  {task.description}"), BarColumn(24), share)
         if live:
             self._bar = Progress(
                 *columns, TimeElapsedColumn(), TimeLeft(), console=self.console, transient=True

@@ -33,7 +33,7 @@ def kind(path: Path) -> Kind:
 
 
 def size_bytes(path: Path) -> int:
-    """Bytes of weights and graph: the file, or the model files of a folder (tokenizers left out)."""
+    """Bytes of weights and graph: the file, or a folder's model files (tokenizers left out)."""
     if path.is_file():
         return path.stat().st_size
     suffixes = (".onnx", ".data", ".safetensors")

@@ -30,7 +30,7 @@ class Runtime(Protocol):
         ...
 
     def decode(self, prompt: np.ndarray, count: int) -> float:
-        """Seconds for ``count`` greedy single-token steps after the prompt; its time not counted."""
+        """Seconds for ``count`` greedy single-token steps after the prompt (whose time is not)."""
         ...
 
     def tokenize(self, text: str) -> list[int]:
