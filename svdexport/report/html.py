@@ -77,7 +77,7 @@ def context(result: RunResult) -> dict[str, Any]:
         "kept_ratio": figures.kept_ratio(result),
         "pairs": len(figures.factorised(result)),
         "charts": charts(result),
-        "speedups": svg.intervals(_bars(result), "Speedup against the dense twin"),
+        "speedups": speedups(result),
         "ranks": rank_heat(result),
         "errors": error_heat(result),
         "kept_dense": figures.kept_dense(result),
@@ -120,28 +120,38 @@ def _point(artifact: ArtifactResult, kind: str) -> svg.Point:
     return svg.Point(x, artifact.quality.perplexity, label, artifact.format, artifact.role, pair)
 
 
-def _bars(result: RunResult) -> list[svg.Bar]:
+def speedups(result: RunResult) -> list[tuple[str, str]]:
+    """Title and picture of each artifact's speedups, all with the same scale."""
+    every = [(a, _bars(result, a)) for a in result.artifacts]
+    bars = [bar for _, found in every for bar in found]
+    low, high = svg.range_of(bars)
+    return [
+        (f"{a.label}, {a.role}" if a.role != "compressed" else a.label, picture)
+        for a, found in every
+        if (picture := svg.intervals(found, low, high, f"Speedup of {a.label}"))
+    ]
+
+
+def _bars(result: RunResult, artifact: ArtifactResult) -> list[svg.Bar]:
+    if artifact.speed is None:
+        return []
+    baseline = result.baseline_of(artifact)
+    others = {}
+    if baseline is not None and baseline.speed is not None:
+        others = {t.metric: t for t in baseline.speed.timings}
     bars = []
-    for artifact in result.artifacts:
-        baseline = result.baseline_of(artifact)
-        if artifact.speed is None:
+    for timing in artifact.speed.timings:
+        if timing.speedup is None:
             continue
-        others = (
-            {}
-            if baseline is None or baseline.speed is None
-            else {t.metric: t for t in baseline.speed.timings}
-        )
-        for timing in artifact.speed.timings:
-            if timing.speedup is None:
-                continue
-            base = others.get(timing.metric)
-            ratios: tuple[float, ...] = ()
-            if base is not None and len(base.samples) == len(timing.samples):
-                every = zip(base.samples, timing.samples, strict=True)
-                ratios = tuple(b.seconds / s.seconds for b, s in every if not s.disturbed)
-            name = f"{artifact.label}, {timing.metric.replace('_', ' ')}"
-            limit = _limit(result, artifact, timing.metric)
-            bars.append(svg.Bar(name, artifact.format, timing.speedup, ratios, limit))
+        base = others.get(timing.metric)
+        ratios: tuple[float, ...] = ()
+        # the baseline may have been timed again beside another artifact: then its rounds are others
+        if base is not None and len(base.samples) == len(timing.samples):
+            every = zip(base.samples, timing.samples, strict=True)
+            ratios = tuple(b.seconds / s.seconds for b, s in every if not s.disturbed)
+        limit = _limit(result, artifact, timing.metric)
+        name = timing.metric.replace("_", " ")
+        bars.append(svg.Bar(name, artifact.format, timing.speedup, ratios, limit))
     return bars
 
 

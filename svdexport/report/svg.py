@@ -99,15 +99,18 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, title: str) -> 
     return _svg(height, title, parts)
 
 
-def intervals(bars: Sequence[Bar], title: str) -> str:
+def range_of(bars: Sequence[Bar]) -> tuple[float, float]:
+    """A range that holds all bars, their rounds and gates, and 1.0."""
+    values = [1.0] + [v for b in bars for v in (b.speedup.low, b.speedup.high, *b.ratios)]
+    return limits(values + [b.limit for b in bars if b.limit is not None])
+
+
+def intervals(bars: Sequence[Bar], low: float, high: float, title: str) -> str:
     """Speedups as dots with whiskers over their rounds; a line marks 1.0, a tick the gate."""
     if not bars:
         return ""
     row = 40
     height = TOP + row * len(bars) + BOTTOM - 8
-    values = [1.0] + [v for b in bars for v in (b.speedup.low, b.speedup.high, *b.ratios)]
-    values += [b.limit for b in bars if b.limit is not None]
-    low, high = limits(values)
     x = Scale(low, high, 12, WIDTH - 12)
     bottom = height - 24
     parts = []
