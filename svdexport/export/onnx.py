@@ -14,10 +14,16 @@ from svdexport.checkpoint import Checkpoint
 from svdexport.core.grids_onnx import NBitsGrid
 from svdexport.errors import ArtifactError, MissingExtraError
 from svdexport.export.base import Exported, ExportRequest, TensorRecord
+from svdexport.export.onnx_last import differences, last_position_graph
 from svdexport.recipe import OnnxExport
 from svdexport.runtimes.onnx_graph import ROWS_KEY
 
 MODEL_FILE = "model.onnx"
+"""Logits of every position: evaluation, and clients that expect transformers' layout."""
+
+LAST_FILE = "model_last.onnx"
+"""Logits of the last position, over the same data: generation."""
+
 DATA_FILE = "model.onnx.data"
 
 MAX_IR_VERSION = 13
@@ -55,9 +61,12 @@ def export(request: ExportRequest) -> Exported:
     rows = {name: [list(row) for row in rows] for name, rows in sorted(emission.rows.items())}
     model.metadata_props[ROWS_KEY] = json.dumps(rows, separators=(",", ":"))
     builder.stamp_build_metadata(model)
-    ir.save(model, request.out / MODEL_FILE)
-    write_side_files(request.source, request.out, builder)
-    size = sum((request.out / name).stat().st_size for name in (MODEL_FILE, DATA_FILE))
+    every = ir.to_proto(model)
+    files = {MODEL_FILE: every, LAST_FILE: last_position_graph(every)}
+    for name, proto in files.items():
+        (request.out / name).write_bytes(proto.SerializeToString(deterministic=True))
+    write_side_files(request.source, request.out, builder, LAST_FILE)
+    size = sum((request.out / name).stat().st_size for name in (*files, DATA_FILE))
     notes = tuple(_notes(spec, emission, plan))
     return Exported(request.out, "onnx", spec.precision, size, data.records, notes)
 
@@ -165,8 +174,9 @@ def check_round_trip(path: Path, tensors: Mapping[str, TensorRecord]) -> list[st
     """Compare the folder's initialisers with what was meant; returns the differences."""
     import onnx
 
-    problems = []
     model = onnx.load(str(path / MODEL_FILE), load_external_data=False)
+    last = onnx.load(str(path / LAST_FILE), load_external_data=False)
+    problems = differences(model, last)
     if model.ir_version > MAX_IR_VERSION:
         problems.append(f"IR version {model.ir_version} is above {MAX_IR_VERSION}")
     for opset in model.opset_import:

@@ -41,8 +41,8 @@ def both_rope_forms(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def write_side_files(source: Path, out: Path, builder: Any) -> None:
-    """Copy the tokenizer as it is, and write config.json and genai_config.json."""
+def write_side_files(source: Path, out: Path, builder: Any, graph: str) -> None:
+    """Copy the tokenizer as it is, and write config.json and genai_config.json (which runs ``graph``)."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
@@ -51,6 +51,7 @@ def write_side_files(source: Path, out: Path, builder: Any) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         builder.make_genai_config(builder.config, {}, str(out))
     genai = json.loads((out / "genai_config.json").read_text(encoding="utf-8"))
+    genai["model"]["decoder"]["filename"] = graph
     _write_json(out / "genai_config.json", genai)
 
 

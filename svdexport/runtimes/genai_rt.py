@@ -12,6 +12,7 @@ import numpy as np
 
 from svdexport.errors import InputError, MissingExtraError
 from svdexport.runtimes.ort_rt import end_tokens, load_tokenizer
+from svdexport.safety.headers import check_onnx
 
 
 class GenaiRuntime:
@@ -28,16 +29,13 @@ class GenaiRuntime:
             import onnxruntime_genai as genai
         except ImportError:
             raise MissingExtraError("onnx", "onnxruntime-genai") from None
-        from svdexport.safety.headers import check_onnx
-
         self.path = path
         self.threads = threads
         self.context = context
         self._genai = genai
         check_onnx(path)
         settings = _read_settings(path)
-        decoder = settings["model"]["decoder"]
-        check_onnx(path / decoder["filename"])
+        check_onnx(path)
         self.vocab_size = int(settings["model"]["vocab_size"])
         overlay = {
             "model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}},
@@ -58,14 +56,23 @@ class GenaiRuntime:
         return self._genai.Generator(self._model, parameters)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Tokens (T,) -> float32 logits (T, vocab). Raises InputError for a pruned LM head."""
+        """Tokens (T,) -> float32 logits (T, vocab); token by token where the graph gives the last.
+
+        The graph that generates usually gives the last position alone; onnxruntime's plain session
+        is then the quicker way to the same weights' logits.
+        """
         tokens = np.asarray(tokens, np.int32)
         generator = self._generator(tokens.size + 1)
         generator.append_tokens(tokens[None])
         logits: np.ndarray = np.asarray(generator.get_output("logits"), np.float32)[0]
-        if logits.shape[0] != tokens.size:
-            raise InputError(f"{self.path}: the graph gives logits of the last position only")
-        return logits
+        if logits.shape[0] == tokens.size:
+            return logits
+        generator = self._generator(tokens.size + 1)
+        rows = []
+        for token in tokens:
+            generator.append_tokens(token[None, None])
+            rows.append(np.asarray(generator.get_output("logits"), np.float32)[0, -1])
+        return np.stack(rows)
 
     def generate(self, tokens: Sequence[int], max_new_tokens: int) -> list[int]:
         """Greedy continuation, without the prompt; an end token ends it and is not given."""

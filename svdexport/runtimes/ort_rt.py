@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from svdexport.errors import InputError, MissingExtraError
+from svdexport.safety.headers import check_onnx
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _CHUNK = 512
@@ -56,7 +57,8 @@ class OrtRuntime:
     Inputs and outputs are those of transformers' ONNX layout: ``input_ids``, ``attention_mask``,
     ``position_ids`` where the graph has it, ``past_key_values.N.key/value`` -> ``logits``,
     ``present.N.key/value``. Where the graph attends with GroupQueryAttention, past and present are
-    one preallocated buffer, which the operator updates in place.
+    one preallocated buffer, which the operator updates in place. A folder with a second graph for
+    the last position's logits generates with that one; one session is open at a time.
     """
 
     name = "onnxruntime"
@@ -67,44 +69,55 @@ class OrtRuntime:
             import onnxruntime as ort
         except ImportError:
             raise MissingExtraError("onnx", "running an ONNX model") from None
-        from svdexport.safety.headers import check_onnx
-
         self.path = path
         self.threads = threads
         self.context = context
-        self.file = model_file(path)
-        check_onnx(self.file)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        self._ort = ort
+        self._every = model_file(path)
+        last = self._every.with_name("model_last.onnx")
+        self._last = last if last.is_file() else self._every
+        check_onnx(self._every)
+        check_onnx(self._last)
+        self._shared = _has_group_query_attention(self._every)
+        folder = self._every.parent
+        self._folder = folder if (folder / "config.json").exists() else path
+        self._head_dim = _head_dim(self._folder)
+        self._end = end_tokens(self._folder)
+        self._tokenizer: Any = None
+        self._session: Any = None
+        self._cache: dict[str, Any] = {}
+        self._open(self._last)
+        width = self._session.get_outputs()[0].shape[-1]
+        self.vocab_size = int(width) if isinstance(width, int) else _config_vocab(self._folder)
+        self._reset(0)
+
+    def _open(self, file: Path) -> None:
+        """Make ``file`` the loaded graph."""
+        if self._session is not None and self.file == file:
+            return
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self._ort = ort
+        self._session, self._cache = None, {}  # the old one goes before the new one comes
+        self.file = file
         try:
-            self._session = ort.InferenceSession(
-                str(self.file), options, providers=["CPUExecutionProvider"]
+            self._session = self._ort.InferenceSession(
+                str(file), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime has one exception class per cause, none of ours
-            raise InputError(f"{self.file}: onnxruntime cannot load it ({error})") from None
+            raise InputError(f"{file}: onnxruntime cannot load it ({error})") from None
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._past = sorted(name for name in self._inputs if name.startswith("past_key_values."))
         if "input_ids" not in self._inputs or not self._past:
-            raise InputError(f"{self.file}: not a decoder with input_ids and past_key_values.*")
-        width = self._session.get_outputs()[0].shape[-1]
-        folder = self.file.parent if (self.file.parent / "config.json").exists() else path
-        self._folder = folder
-        self.vocab_size = int(width) if isinstance(width, int) else _config_vocab(folder)
-        self._shared = _has_group_query_attention(self.file)
-        self._head_dim = _head_dim(folder)
-        self._tokenizer: Any = None
-        self._end = end_tokens(folder)
-        self._reset(0)
+            raise InputError(f"{file}: not a decoder with input_ids and past_key_values.*")
 
     # Cache
 
     def _reset(self, length: int) -> None:
         """An empty cache with room for ``length`` tokens."""
         self._length = 0
-        self._cache: dict[str, Any] = {}
+        self._cache = {}
         for name in self._past:
             shape = [size if isinstance(size, int) else None for size in self._inputs[name].shape]
             heads, width = shape[1], shape[3] or self._head_dim
@@ -151,6 +164,7 @@ class OrtRuntime:
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Tokens (T,) -> float32 logits (T, vocab), in chunks over a growing cache."""
         tokens = np.asarray(tokens)
+        self._open(self._every)
         self._reset(tokens.size)
         parts = []
         for start in range(0, tokens.size, _CHUNK):
@@ -168,6 +182,7 @@ class OrtRuntime:
 
     def generate(self, tokens: Sequence[int], max_new_tokens: int) -> list[int]:
         """Greedy continuation, without the prompt; an end token ends it and is not given."""
+        self._open(self._last)
         self._reset(len(tokens) + max_new_tokens)
         new: list[int] = []
         step = np.asarray(tokens)
@@ -180,7 +195,8 @@ class OrtRuntime:
         return new
 
     def prefill(self, tokens: np.ndarray) -> float:
-        """Seconds for a prompt; the graph computes the logits its output has (see inspect)."""
+        """Seconds for a prompt; foreign graphs may compute every position's logits."""
+        self._open(self._last)
         self._reset(tokens.size)
         start = time.perf_counter()
         self._step(np.asarray(tokens))
@@ -188,6 +204,7 @@ class OrtRuntime:
 
     def decode(self, prompt: np.ndarray, count: int) -> float:
         """Seconds for ``count`` greedy steps after the prompt."""
+        self._open(self._last)
         self._reset(prompt.size + count)
         token = self._step(np.asarray(prompt))[-1].argmax()
         start = time.perf_counter()
@@ -209,8 +226,7 @@ class OrtRuntime:
         return self._tokenizer
 
     def close(self) -> None:
-        self._cache = {}
-        del self._session
+        self._session, self._cache = None, {}
 
 
 def _has_group_query_attention(file: Path) -> bool:

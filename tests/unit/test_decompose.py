@@ -1,0 +1,166 @@
+"""The factorisation against the slow, obvious formulas in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from svdexport.core.decompose import damped_cholesky, decompose, relative_errors
+from svdexport.core.moments import Moment
+
+SHAPES = [(24, 16), (16, 24), (16, 16)]
+
+
+def root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def moment(size: int, rows: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    x = torch.randn(rows, size, generator=generator, dtype=torch.float64) @ mixing
+    return x.T @ x
+
+
+def slow(weight: Tensor, h: Tensor | None, g: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """B A by a full SVD of G^1/2 W H^1/2 with both roots undone, and the singular values."""
+    m, n = weight.shape
+    left = root(g) if g is not None else torch.eye(m, dtype=torch.float64)
+    right = root(h) if h is not None else torch.eye(n, dtype=torch.float64)
+    u, s, vt = torch.linalg.svd(left @ weight @ right)
+    kept = u[:, :rank] @ torch.diag(s[:rank]) @ vt[:rank]
+    return torch.linalg.inv(left) @ kept @ torch.linalg.inv(right), s
+
+
+def damped(g: Tensor, share: float) -> Tensor:
+    return g + share * g.diagonal().mean() * torch.eye(g.shape[0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 5, 16])
+@pytest.mark.parametrize("with_h", [False, True])
+@pytest.mark.parametrize("with_g", [False, True])
+def test_it_is_the_weighted_optimum(
+    shape: tuple[int, int], rank: int, with_h: bool, with_g: bool
+) -> None:
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    h = moment(shape[1], 200, 2) if with_h else None
+    g = moment(shape[0], 200, 3) if with_g else None
+    found = decompose([weight], h, None if g is None else [g], output_damping=0.1)
+    expected, sigma = slow(weight, h, None if g is None else damped(g, 0.1), rank)
+    product = found.b[:, :rank].double() @ found.a[:rank].double()
+    assert torch.allclose(product, expected, atol=2e-4 * float(expected.abs().max()))
+    count = min(shape)
+    # H is damped by 1e-6 of its mean eigenvalue, which the smallest energies feel
+    assert torch.allclose(
+        found.energies[:count], sigma[:count] ** 2, atol=1e-5 * float(sigma[0] ** 2)
+    )
+
+
+def test_the_error_is_the_sum_of_the_dropped_energies() -> None:
+    weight = torch.randn(20, 30, dtype=torch.float64)
+    h = moment(30, 300, 4)
+    found = decompose([weight], h)
+    for rank in (3, 11):
+        difference = weight - found.pair(rank).dense().double()
+        error = torch.trace(difference @ h @ difference.T)
+        assert torch.isclose(error, found.energies[rank:].sum(), rtol=1e-4)
+
+
+def test_members_are_stacked_and_weighed_each_by_its_own_gradients() -> None:
+    weights = [torch.randn(m, 12, dtype=torch.float64) for m in (10, 6)]
+    gs = [moment(m, 100, m) for m in (10, 6)]
+    h = moment(12, 100, 7)
+    found = decompose(weights, h, gs)
+    stacked = torch.cat(weights)
+    g = torch.block_diag(*(damped(g, 0.1) for g in gs))
+    expected, _ = slow(stacked, h, g, 4)
+    product = found.pair(4).dense().double()
+    assert torch.allclose(product, expected, atol=2e-4 * float(expected.abs().max()))
+
+
+def test_full_rank_gives_the_weight_back() -> None:
+    weight = torch.randn(9, 14, dtype=torch.float64)
+    found = decompose([weight], moment(14, 60, 1), [moment(9, 60, 2)])
+    assert torch.allclose(found.pair(9).dense().double(), weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_relative_errors_against_the_definition(shape: tuple[int, int]) -> None:
+    weight = torch.randn(*shape, dtype=torch.float64)
+    x = torch.randn(shape[1], 50, dtype=torch.float64)
+    found = decompose([weight], x @ x.T, [moment(shape[0], 80, 3)])
+    errors = relative_errors([weight], found, x @ x.T)
+    for rank in (1, 4, 12):
+        approximate = found.pair(rank).dense().double()
+        expected = torch.linalg.norm((weight - approximate) @ x) / torch.linalg.norm(weight @ x)
+        assert torch.isclose(errors[rank - 1], expected, atol=1e-5)
+
+
+def test_fewer_tokens_than_width_and_dead_channels_are_damped() -> None:
+    x = torch.randn(5, 16, dtype=torch.float64)
+    x[:, 3] = 0.0
+    weight = torch.randn(20, 16, dtype=torch.float64)
+    found = decompose([weight], x.T @ x)
+    assert torch.isfinite(found.a).all()
+    assert torch.isfinite(found.b).all()
+    # five tokens span five directions: rank 5 reproduces the outputs
+    outputs = (weight - found.pair(5).dense().double()) @ x.T
+    assert float(outputs.norm() / (weight @ x.T).norm()) < 1e-2
+
+
+def test_zero_moments_and_zero_weights_stay_finite() -> None:
+    zero = torch.zeros(8, 8, dtype=torch.float64)
+    found = decompose([torch.zeros(8, 8)], zero, [zero])
+    assert torch.isfinite(found.a).all()
+    assert torch.isfinite(found.b).all()
+    assert float(found.energies.sum()) == 0.0
+
+
+def test_nan_moment_is_refused() -> None:
+    bad = torch.full((4, 4), float("nan"), dtype=torch.float64)
+    with pytest.raises(ValueError, match="NaN"):
+        damped_cholesky(bad, 0.0)
+
+
+def test_damping_is_raised_until_the_factor_exists() -> None:
+    indefinite = torch.diag(torch.tensor([1.0, 1.0, -0.01], dtype=torch.float64))
+    factor, used = damped_cholesky(indefinite, 1e-6)
+    assert used > 0.01
+    assert torch.isfinite(factor).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    m=st.integers(1, 12),
+    n=st.integers(1, 12),
+    rank=st.integers(1, 12),
+    seed=st.integers(0, 2**16),
+)
+def test_no_other_pair_of_that_rank_is_better(m: int, n: int, rank: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    x = torch.randn(n, 3 * n, generator=generator, dtype=torch.float64)
+    rank = min(rank, m, n)
+    found = decompose([weight], x @ x.T)
+    best = ((weight - found.pair(rank).dense().double()) @ x).norm()
+    b = torch.randn(m, rank, generator=generator, dtype=torch.float64)
+    a = torch.linalg.lstsq(b, weight).solution  # the best partner of a random B, for the weights
+    other = ((weight - b @ a) @ x).norm()
+    assert float(best) <= float(other) * (1 + 1e-3) + 1e-4 * float((weight @ x).norm())
+
+
+def test_moments_match_float64() -> None:
+    x = torch.randn(3, 700, 24) * torch.logspace(-3, 3, 24)
+    found = Moment(24)
+    found.add(x)
+    rows = x.reshape(-1, 24).double()
+    expected = rows.T @ rows
+    scale = expected.diagonal().sqrt()
+    assert found.rows == 2100
+    assert found.matrix.dtype == torch.float64
+    assert float(((found.matrix - expected) / scale[:, None] / scale).abs().max()) < 1e-6

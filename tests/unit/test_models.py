@@ -1,0 +1,230 @@
+"""Structure, calibration and the low-rank modules on tiny random models of several families."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
+from transformers.models.llama import LlamaConfig, LlamaForCausalLM
+from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
+
+import svdexport  # noqa: F401 (registers the quantizer)
+from svdexport.checkpoint import Checkpoint, PairSpec
+from svdexport.errors import InputError
+from svdexport.export.checkpoint import assembled, compressed_config, write_checkpoint
+from svdexport.models.blocks import discover, find_blocks, record_inputs, run_block, select
+from svdexport.models.calibrate import calibrate
+from svdexport.models.loader import both_rope_forms, load_model, structure_of
+from svdexport.models.modules import linear_weight
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+def llama(**more: Any) -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | more))).eval().requires_grad_(False)
+
+
+def qwen2() -> Any:
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval().requires_grad_(False)
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+    return GPT2LMHeadModel(config).eval().requires_grad_(False)
+
+
+TOKENS = torch.randint(1, 96, (6, 10), generator=torch.Generator().manual_seed(0))
+
+
+def leaf_names(names: list[str]) -> list[str]:
+    return [name.rpartition(".")[2] for name in names]
+
+
+def test_linears_that_share_an_input_are_found_by_running() -> None:
+    structure = discover(llama())
+    groups = [leaf_names([m.name for m in g.members]) for g in structure.of_block(1)]
+    assert groups == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+    gpt = discover(gpt2())
+    assert [m.name for m in gpt.of_block(0)[0].members] == ["transformer.h.0.attn.c_attn"]
+    assert (gpt.of_block(0)[0].members[0].out_features, 32) == (96, 32)
+
+
+def test_structure_needs_no_weights(tmp_path: Path) -> None:
+    llama().config.save_pretrained(tmp_path)
+    assert structure_of(tmp_path) == discover(llama())
+
+
+def test_select_by_patterns() -> None:
+    structure = discover(llama())
+    groups = select(structure, ("re:mlp",), ("re:down",), group=True)
+    assert {leaf for g in groups for leaf in leaf_names([m.name for m in g.members])} == {
+        "gate_proj",
+        "up_proj",
+    }
+    apart = select(structure, ("re:mlp",), (), group=False)
+    assert all(len(g.members) == 1 for g in apart)
+    with pytest.raises(InputError, match="leave no linear"):
+        select(structure, ("nothing",), (), group=True)
+
+
+@pytest.mark.parametrize("make", [llama, qwen2, gpt2])
+def test_blocks_run_one_by_one_give_the_models_logits(make: Any) -> None:
+    model = make()
+    structure = discover(model)
+    inputs = record_inputs(model, structure, TOKENS)
+    states = model(TOKENS, output_hidden_states=True, use_cache=False).hidden_states
+    hidden = inputs.hidden
+    with torch.no_grad():
+        for index, path in enumerate(find_blocks(model)):
+            assert torch.allclose(hidden, states[index], atol=1e-5)
+            hidden = run_block(model.get_submodule(path), hidden, inputs.calls[index])
+
+
+def direct_moments(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Moments of a plain forward and backward pass of the whole model in float64."""
+    model = model.double()
+    inputs: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    hooks = []
+    for group in discover(model).groups:
+        for member in group.members:
+
+            def note(_m: Any, args: Any, out: Tensor, name: str = member.name) -> None:
+                rows = args[0].detach().flatten(0, 1)
+                inputs[name] = rows.T @ rows
+
+                def grad(g: Tensor) -> None:
+                    flat = g.flatten(0, 1)
+                    gradients[name] = flat.T @ flat
+
+                out.register_hook(grad)
+
+            hooks.append(model.get_submodule(member.name).register_forward_hook(note))
+    model.get_input_embeddings().weight.requires_grad_(True)
+    logits = model(TOKENS, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum"
+    )
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return inputs, gradients
+
+
+@pytest.mark.parametrize("make", [llama, qwen2, gpt2])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_moments_of_streaming_are_those_of_one_pass(
+    make: Any, gradients: bool, tmp_path: Path
+) -> None:
+    model = make()
+    structure = discover(model)
+    expected_inputs, expected_gradients = direct_moments(make())
+    found = list(
+        calibrate(model, structure, TOKENS, batch=4, gradients=gradients, scratch=tmp_path)
+    )
+    order = [moments.block for moments in found]
+    assert order == ([2, 1, 0] if gradients else [0, 1, 2])
+    for moments in found:
+        for name, moment in moments.inputs.items():
+            expected = expected_inputs[name]
+            assert torch.allclose(moment.matrix, expected, atol=1e-4 * float(expected.max()))
+        for name, moment in moments.gradients.items():
+            expected = expected_gradients[name]
+            assert torch.allclose(moment.matrix, expected, atol=1e-4 * float(expected.max()))
+        assert bool(moments.gradients) == gradients
+    assert not list(tmp_path.iterdir())
+
+
+def test_shared_inputs_are_accumulated_once() -> None:
+    model = llama()
+    structure = discover(model)
+    for moments in calibrate(model, structure, TOKENS, batch=6, gradients=False, scratch=Path()):
+        group = structure.of_block(moments.block)[0]
+        assert len({id(moments.inputs[m.name]) for m in group.members}) == 1
+        assert moments.inputs[group.leader].rows == TOKENS.numel()
+
+
+def pairs_of(model: Any, rank: int) -> tuple[dict[str, PairSpec], dict[str, Tensor]]:
+    """Every group as a pair with a shared A, by a plain SVD."""
+    low_rank: dict[str, PairSpec] = {}
+    tensors: dict[str, Tensor] = {}
+    for group in discover(model).groups:
+        weights = [linear_weight(model.get_submodule(m.name)) for m in group.members]
+        u, s, vt = torch.linalg.svd(torch.cat(weights).double(), full_matrices=False)
+        tensors[f"{group.leader}.lr_a.weight"] = vt[:rank].float().contiguous()
+        stacked = (u[:, :rank] * s[:rank]).float()
+        parts = torch.split(stacked, [m.out_features for m in group.members])
+        for member, part in zip(group.members, parts, strict=True):
+            tensors[f"{member.name}.lr_b.weight"] = part.contiguous()
+            low_rank[member.name] = PairSpec(rank, group.leader)
+    return low_rank, tensors
+
+
+@pytest.mark.parametrize("make", [llama, qwen2])
+def test_a_compressed_checkpoint_loads_with_from_pretrained(make: Any, tmp_path: Path) -> None:
+    model = make()
+    source, out = tmp_path / "source", tmp_path / "compressed"
+    model.save_pretrained(source)
+    low_rank, pairs = pairs_of(model, 8)
+    dense = Checkpoint.open(source)
+    config = both_rope_forms(compressed_config(dense.config, low_rank))
+    records = write_checkpoint(out, source, config, assembled(dense, low_rank, [pairs]))
+
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    for name, spec in low_rank.items():
+        weight = pairs[f"{name}.lr_b.weight"] @ pairs[f"{spec.group}.lr_a.weight"]
+        model.get_submodule(name).weight.data = weight
+    expected, found = model(TOKENS).logits, loaded(TOKENS).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    one = loaded.generate(TOKENS[:1], max_new_tokens=5, do_sample=False)
+    two = model.generate(TOKENS[:1], max_new_tokens=5, do_sample=False)
+    assert one.tolist() == two.tolist()
+
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    resaved = Checkpoint.open(again)
+    assert resaved.low_rank == low_rank
+    assert set(resaved.names()) == set(records)
+    reloaded = AutoModelForCausalLM.from_pretrained(again, dtype=torch.float32).eval()
+    assert torch.equal(reloaded(TOKENS).logits, found)
+
+
+def test_configs_carry_both_rope_forms() -> None:
+    new = both_rope_forms({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})
+    assert new["rope_theta"] == 5e5
+    scaled = both_rope_forms(
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}
+    )
+    assert scaled["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_a_wrong_name_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = compressed_config(config, {"model.layers.0.nothing": PairSpec(4, "x")})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"model\.layers\.0\.nothing"):
+        load_model(tmp_path)
