@@ -42,7 +42,7 @@ def both_rope_forms(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_side_files(source: Path, out: Path, builder: Any, graph: str) -> None:
-    """Copy the tokenizer as it is, and write config.json and genai_config.json (which runs ``graph``)."""
+    """Copy the tokenizer; write config.json, and genai_config.json to run ``graph``."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)

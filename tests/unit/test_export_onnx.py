@@ -11,7 +11,7 @@ import torch
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import ArtifactError, InputError
 from svdexport.export.base import Exported, ExportRequest
-from svdexport.export.onnx import MODEL_FILE, check_round_trip, export, read_back
+from svdexport.export.onnx import LAST_FILE, MODEL_FILE, check_round_trip, export, read_back
 from svdexport.recipe import OnnxExport
 from svdexport.runtimes.genai_rt import GenaiRuntime
 from svdexport.runtimes.ort_rt import OrtRuntime
@@ -68,7 +68,7 @@ def test_float32_equals_torch(family: str, groups: list[list[str]], tmp_path: Pa
     runtime = OrtRuntime(out, threads=1)
     assert relative(runtime.logits(TOKENS), meant) < 1e-4
     # The same through the cache: a prompt, then single steps.
-    runtime._reset(TOKENS.size)
+    runtime._reset(TOKENS.size)  # on the graph of every position, which logits() opened
     steps = [runtime._step(TOKENS[:20])]
     steps += [runtime._step(TOKENS[i : i + 1]) for i in range(20, TOKENS.size)]
     assert relative(np.concatenate(steps), meant) < 1e-4
@@ -193,6 +193,25 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
     problems = check_round_trip(out, exported.tensors)
     assert len(problems) == 1
     assert "sha256" in problems[0]
+
+
+def test_the_graph_for_generation_gives_the_last_position_of_the_other(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "onnx"
+    make_model(source, "llama-tied")
+    checkpoint = compress(source, tmp_path / "low", SHARED)
+    exported = run_export(source, checkpoint, out, "int8")
+    runtime = OrtRuntime(out, threads=1)
+    every = runtime.logits(TOKENS)
+    runtime._open(out / LAST_FILE)
+    runtime._reset(TOKENS.size)
+    last = runtime._step(TOKENS)
+    runtime.close()
+    assert last.shape == (1, VOCAB)
+    assert np.array_equal(last[0], every[-1])
+    model = onnx.load(str(out / LAST_FILE), load_external_data=False)
+    model.graph.node[5].name += "x"
+    (out / LAST_FILE).write_bytes(model.SerializeToString(deterministic=True))
+    assert check_round_trip(out, exported.tensors) != []
 
 
 def test_config_has_both_rope_forms_and_no_quantisation(tmp_path: Path) -> None:
