@@ -1,12 +1,13 @@
 """Speed of low-rank pairs against the dense model of the same weight type, in llama.cpp on the CPU.
 
 Writes a Llama with random weights (speed does not depend on their values) dense and as pairs, has
-llama.cpp quantise both, and times prefill and decode in turn, round by round, in one process. Prints
-for each type the speedup and the efficiency = speedup / (dense bytes / low-rank bytes).
+llama.cpp quantise both, and times prefill and decode in turn, round by round, in one process.
+Prints for each type the speedup and the efficiency = speedup / (dense bytes / low-rank bytes).
 
     python tools/llama_cpp/benchmark.py --types F16,Q8_0 --threads 2 --rounds 9
 
-Needs the packages gguf and numpy beside the wheel that build.py makes, and idle cores.
+Needs the packages gguf and numpy beside the wheel that build.py makes, and idle cores. With
+`--threads 1 --clock cpu` the process's own time is taken, which a busy machine disturbs less.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +29,7 @@ import numpy as np
 
 GROUPS = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up": ("ffn_gate", "ffn_up")}
 CONTEXT = 1024
-# rows that are not a multiple of this take a slower path: F16's dot product has a step of 64 numbers
+# a rank that is no multiple of this takes a slower path: F16's dot product has a step of 64 numbers
 # (with AVX-512) and a scalar rest; K-quants have blocks of 256
 MULTIPLE = {"F16": 64, "Q8_0": 32, "Q4_0": 32, "Q4_K": 256, "Q6_K": 256}
 
@@ -68,7 +70,9 @@ def rank(n_out: int, n_in: int, kept: float, multiple: int) -> int:
     return max(multiple, round(kept * n_out * n_in / (n_out + n_in) / multiple) * multiple)
 
 
-def pair_shapes(shape: Shape, kept: float, multiple: int, shared: bool) -> dict[str, tuple[int, int]]:
+def pair_shapes(
+    shape: Shape, kept: float, multiple: int, shared: bool
+) -> dict[str, tuple[int, int]]:
     """The factors of one layer: name -> (rows, row length)."""
     linears = shape.linears()
     groups = [(name, members) for name, members in GROUPS.items() if shared]
@@ -99,7 +103,9 @@ def write(path: Path, shape: Shape, layer: dict[str, tuple[int, int]]) -> None:
 
     def add(name: str, rows: int, length: int) -> None:
         values = rng.random((rows, length), dtype=np.float32) - np.float32(0.5)
-        writer.add_tensor(f"{name}.weight", (values * np.float32(2 / length**0.5)).astype(np.float16))
+        writer.add_tensor(
+            f"{name}.weight", (values * np.float32(2 / length**0.5)).astype(np.float16)
+        )
 
     add("token_embd", shape.vocab, shape.width)
     add("output", shape.vocab, shape.width)
@@ -132,7 +138,7 @@ def quantise(source: Path, kind: str) -> Path:
 class Model:
     """A file, loaded, with one context; times in seconds."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, clock: Callable[[], float]) -> None:
         model = llama_cpp.llama_model_load_from_file(
             str(path).encode(), llama_cpp.llama_model_default_params()
         )
@@ -145,6 +151,7 @@ class Model:
         vocabulary = llama_cpp.llama_model_get_vocab(model)
         self.vocab = llama_cpp.llama_vocab_n_tokens(vocabulary)
         self.bytes = path.stat().st_size
+        self.clock = clock
 
     def _decode(self, tokens: list[int]) -> None:
         array = (llama_cpp.llama_token * len(tokens))(*tokens)
@@ -156,13 +163,12 @@ class Model:
         """Seconds for a prompt, and for `steps` tokens after it."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
         tokens = [(11 * i + 5) % self.vocab for i in range(prompt)]
-        clock = time.perf_counter
-        start = clock()
+        start = self.clock()
         self._decode(tokens)
-        middle = clock()
+        middle = self.clock()
         for i in range(steps):
             self._decode([(7 * i + 3) % self.vocab])
-        return middle - start, clock() - middle
+        return middle - start, self.clock() - middle
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:
@@ -203,6 +209,7 @@ def main() -> int:
     parser.add_argument("--multiple", type=int, help="of the ranks, else what suits the type")
     parser.add_argument("--shared", action="store_true", help="q, k, v and gate, up share an A")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--steps", type=int, default=32)
@@ -213,8 +220,9 @@ def main() -> int:
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     shape = SHAPES[args.shape]
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
     results: dict[str, object] = {}
-    print(f"{args.shape}, kept {args.kept}, {args.threads} threads, {args.rounds} rounds")
+    print(f"{args.shape}, kept {args.kept}, {args.threads} threads, {args.clock} time")
     print("type   bytes    prefill  [95 %]         eff.   decode   [95 %]         eff.")
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
@@ -229,14 +237,16 @@ def main() -> int:
                 if not source.exists():
                     write(source, shape, tensors)
                 made = source if kind == "F16" else source.with_suffix(f".{kind}.gguf")
-                models.append(Model(made if made.exists() else quantise(source, kind), args.threads))
+                made = made if made.exists() else quantise(source, kind)
+                models.append(Model(made, args.threads, clock))
             result = compare(models[0], models[1], args.rounds, args.prompt, args.steps)
             results[kind] = result
             line = f"{kind:6} {result['bytes_ratio']:.3f} "
             for what in ("prefill", "decode"):
                 r = result[what]
                 assert isinstance(r, dict)
-                line += f"  {r['speedup']:.2f}x  [{r['low']:.2f}, {r['high']:.2f}]  {r['efficiency']:.2f}"
+                speed = f"{r['speedup']:.2f}x  [{r['low']:.2f}, {r['high']:.2f}]"
+                line += f"  {speed}  {r['efficiency']:.2f}"
             print(line, flush=True)
     if args.json:
         args.json.write_text(json.dumps(results))
