@@ -124,8 +124,8 @@ def plan(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> RunResult:
-    """Rehash a published folder's files and tensors. Raises InputError naming what differs."""
-    from svdexport.verify.recheck import recheck
+    """Rehash a published folder's files and tensors. Raises ArtifactError naming what differs."""
+    from svdexport.pipeline.recheck import recheck
 
     return recheck(folder)
 
