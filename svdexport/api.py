@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdexport.pipeline.preflight import check_artifact, check_inputs, check_text
+from svdexport.pipeline.recheck import recheck
 from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import Recipe, load_recipe, recipe_hash
 from svdexport.rundir import RunDir, resource_errors
@@ -73,9 +74,12 @@ def run(
     path = Path(recipe)
     invocation_text = path.read_text(encoding="utf-8") if path.is_file() else ""
     with _job(path, out, overrides, restart, reporter) as job:
-        from svdexport.pipeline.run import Invocation
+        from svdexport.pipeline.run import Invocation, Outcome
         from svdexport.pipeline.run import run as run_job
 
+        if job.rundir.published:
+            job.reporter.note(f"{job.rundir.out} is there already; --restart runs it anew")
+            return Outcome(recheck(job.rundir.out), job.rundir.out)
         return run_job(job, Invocation(invocation_text, tuple(overrides), command))
 
 
@@ -125,7 +129,6 @@ def plan(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def verify(folder: Path) -> RunResult:
     """Rehash a published folder's files and tensors. Raises ArtifactError naming what differs."""
-    from svdexport.pipeline.recheck import recheck
 
     return recheck(folder)
 

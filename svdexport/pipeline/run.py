@@ -62,7 +62,7 @@ def run(job: Job, invocation: Invocation) -> Outcome:
     results = tuple(_artifact_result(job, a, quality, speed) for a in artifacts)
     result = _result(job, model, invocation, compressed, results, gates, verdict)
     if verdict.word != "pass":
-        write_reports(result, job.work)
+        write_reports(result, fresh(job.work / "report"))
         return Outcome(result, None)
     write_reports(result, job.rundir.staging)
     out = job.rundir.publish()
@@ -82,6 +82,13 @@ def write_reports(result: RunResult, folder: Path) -> None:
     html.write(result, folder)
     markdown.write(result, folder)
     manifest.write(result, folder)
+
+
+def fresh(folder: Path) -> Path:
+    """The folder, made anew and empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def _measured(
