@@ -10,44 +10,47 @@ import torch
 from torch import Tensor
 
 from svdexport.errors import MissingExtraError, RecipeError
-from svdexport.recipe import Calibration
+from svdexport.recipe import Calibration, Evaluate
 
-GENERATE_BATCH = 32  # sequences written together: decoding is bound by reading the weights
-TOP_P = 0.95
-EVALUATION_SEED = 2**31  # added to the seed: the held-out text is never the calibration text
+GENERATE_BATCH = 64  # sequences written together: decoding is bound by reading the weights
+TOP_P, TOP_K = 0.95, 256
 
 Progress = Callable[[str, int, int], None]
 
 
-def calibration_tokens(
-    calibration: Calibration, model: Any, tokenizer: Any, progress: Progress
-) -> Tensor:
-    """Samples of equal length, (samples, length), int64.
+def texts(
+    calibration: Calibration, evaluate: Evaluate, model: Any, tokenizer: Any, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """Calibration samples (samples, length) and evaluation windows (windows, context), int64.
 
-    Raises RecipeError where the text is empty, not UTF-8 or shorter than what is asked for.
+    Where the model writes both, it does so in one go: sequences beyond the samples are held out.
+    Raises RecipeError where a text is empty, not UTF-8 or shorter than what is asked for.
     """
-    samples, length = calibration.samples, calibration.length
+    written = _written(calibration, evaluate, model, progress)
     if calibration.source == "self":
-        return write_text(model, samples, length, calibration.seed, progress)
-    where, text = _given_text(calibration)
-    tokens = tokenize(tokenizer, text)
-    return _spread(tokens, samples, length, where)
+        assert written is not None
+        samples = written[: calibration.samples, : calibration.length].contiguous()
+    else:
+        where, text = _given_text(calibration)
+        tokens = tokenize(tokenizer, text)
+        samples = _spread(tokens, calibration.samples, calibration.length, where)
+    if evaluate.text is not None:
+        tokens = tokenize(tokenizer, read_text(evaluate.text))
+        found = consecutive(tokens, evaluate.context, evaluate.windows, str(evaluate.text))
+        return samples, found
+    assert written is not None
+    return samples, written[-evaluate.windows :, : evaluate.context].contiguous()
 
 
-def evaluation_tokens(
-    text: Path | None,
-    context: int,
-    windows: int,
-    seed: int,
-    model: Any,
-    tokenizer: Any,
-    progress: Progress,
-) -> Tensor:
-    """Windows of ``context`` tokens, (windows, context): from the start of the text file, or
-    held-out text that the model writes."""
-    if text is None:
-        return write_text(model, windows, context, seed + EVALUATION_SEED, progress)
-    return consecutive(tokenize(tokenizer, read_text(text)), context, windows, str(text))
+def _written(
+    calibration: Calibration, evaluate: Evaluate, model: Any, progress: Progress
+) -> Tensor | None:
+    count, length = 0, 0
+    if calibration.source == "self":
+        count, length = calibration.samples, calibration.length
+    if evaluate.text is None:
+        count, length = count + evaluate.windows, max(length, evaluate.context)
+    return write_text(model, count, length, calibration.seed, progress) if count else None
 
 
 def consecutive(tokens: list[int], context: int, windows: int, where: str) -> Tensor:
@@ -133,8 +136,9 @@ def write_text(model: Any, samples: int, length: int, seed: int, progress: Progr
     """Sequences that the model writes itself, (samples, length): a data-free calibration text.
 
     Each begins with a random token (as in LLM-QAT, Liu et al., 2023, arXiv 2305.17888) and goes on
-    by sampling at temperature 1 from the most likely 95 %. End tokens are never drawn, so that all
-    have the same length. Deterministic for a seed, a thread count and a torch version.
+    by sampling at temperature 1 from the most likely 95 % (of 256 tokens at most). End tokens are
+    never drawn, so that all have the same length. Deterministic for a seed, a thread count and a
+    torch version.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
@@ -163,7 +167,7 @@ def write_text(model: Any, samples: int, length: int, seed: int, progress: Progr
 
 def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
     """One token a row from the smallest set of tokens with TOP_P of the probability."""
-    top, tokens = torch.softmax(logits, dim=-1).topk(min(1000, logits.shape[-1]), dim=-1)
+    top, tokens = torch.softmax(logits, dim=-1).topk(min(TOP_K, logits.shape[-1]), dim=-1)
     before = top.cumsum(-1) - top
     top[before > TOP_P] = 0.0
     choice = torch.multinomial(top, 1, generator=generator)

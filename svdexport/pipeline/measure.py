@@ -23,6 +23,7 @@ from svdexport.verify.reference import ReferenceLogits
 from svdexport.verify.speed import measure
 
 _QUALITIES = TypeAdapter(dict[str, Quality])
+GENERATION_CONTEXT = 128  # tokens of a prompt and its continuation
 SPEED_RUNTIME = {"gguf": "llama.cpp", "onnx": "onnxruntime-genai", "checkpoint": "torch"}
 
 
@@ -57,7 +58,8 @@ def measure_quality(
 
 
 def _quality(job: Job, artifact: Artifact, windows: np.ndarray, reference: Any) -> Quality:
-    runtime = open_runtime(artifact.path, threads=job.threads, context=windows.shape[1])
+    context = max(windows.shape[1], GENERATION_CONTEXT)
+    runtime = open_runtime(artifact.path, threads=job.threads, context=context)
     try:
         quality = evaluate(runtime, windows, reference, seed=job.recipe.calibration.seed)
         return dataclasses.replace(quality, generations=generate(runtime))

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
 from svdexport.export.checkpoint import assembled, compressed_config, write_checkpoint
-from svdexport.models.corpus import calibration_tokens, evaluation_tokens
+from svdexport.models.corpus import texts
 from svdexport.models.loader import both_rope_forms
 from svdexport.pipeline import compress
 from svdexport.pipeline.job import Job, ModelUnderWork, key, source_key
@@ -66,15 +66,9 @@ def _stamp(path: Path | None) -> list[int]:
 
 
 def _write_tokens(job: Job, model: ModelUnderWork, path: Path) -> None:
-    recipe = job.recipe
-    calibration = calibration_tokens(
-        recipe.calibration, model.model, model.tokenizer, job.reporter.progress
-    )
-    evaluation = evaluation_tokens(
-        recipe.evaluate.text,
-        recipe.evaluate.context,
-        recipe.evaluate.windows,
-        recipe.calibration.seed,
+    calibration, evaluation = texts(
+        job.recipe.calibration,
+        job.recipe.evaluate,
         model.model,
         model.tokenizer,
         job.reporter.progress,
