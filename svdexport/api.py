@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from svdexport.pipeline.run import Outcome
     from svdexport.report.result import RunResult
 
-__all__ = ["bench", "compress", "evaluate", "export", "inspect", "plan", "run", "verify"]
+__all__ = ["bench", "compress", "evaluate", "export", "inspect", "plan", "report", "run", "verify"]
 
 
 @contextlib.contextmanager
@@ -131,6 +131,15 @@ def verify(folder: Path) -> RunResult:
     """Rehash a published folder's files and tensors. Raises ArtifactError naming what differs."""
 
     return recheck(folder)
+
+
+def report(folder: Path) -> RunResult:
+    """Render a published folder's reports anew from its manifest. Raises InputError."""
+    from svdexport.pipeline.run import write_reports
+
+    result = recheck(folder)
+    write_reports(result, folder)
+    return result
 
 
 def evaluate(

@@ -168,6 +168,24 @@ def verify(
         out_console.print(f"{folder}: {count} files are what the manifest says")
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that `svdexport run` published.")],
+    as_json: JsonOpt = False,
+) -> None:
+    """Render a published folder's model card, report.html and summary.md anew from its manifest.
+
+    Example: svdexport report out/quickstart
+    """
+    from svdexport import api
+
+    result = api.report(folder)
+    if as_json:
+        _print_json({"folder": str(folder), "verdict": result.verdict.word})
+    else:
+        out_console.print(f"{folder}: README.md, report.html and summary.md written")
+
+
 @app.command("eval")
 def eval_(
     artifact: Annotated[Path, typer.Argument(help="GGUF file, ONNX folder or checkpoint folder.")],

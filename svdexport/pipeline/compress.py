@@ -215,6 +215,28 @@ def pair_tensors(plan: list[GroupPlan], folder: Path) -> Iterator[dict[str, Tens
         yield made
 
 
+def strategy(plan: list[GroupPlan]) -> Iterator[str]:
+    """The plan for people: a line a block, with rank and relative output error of each group."""
+    for block in sorted({entry.group.block for entry in plan}):
+        parts = []
+        for entry in plan:
+            if entry.group.block != block:
+                continue
+            names = "+".join(m.name.rpartition(".")[2] for m in entry.group.members)
+            rank = entry.allocation.rank
+            parts.append(
+                f"{names} dense" if rank is None else f"{names} {rank} ({entry.relative_error:.2f})"
+            )
+        yield f"block {block}: " + ", ".join(parts)
+    rows = plan_rows(plan)
+    kept = sum(row.params for row in rows) / sum(row.params_dense for row in rows)
+    pairs = sum(row.rank is not None for row in rows)
+    yield (
+        f"rank (relative output error): {pairs} linears became pairs, {len(rows) - pairs} stay "
+        f"dense; {kept:.1%} of the parameters kept, {1 - kept:.1%} removed"
+    )
+
+
 def save_plan(plan: list[GroupPlan], path: Path) -> None:
     """The plan as JSON, for the stages that follow and for people."""
     write_atomic(path, json.dumps([dataclasses.asdict(row) for row in plan_rows(plan)], indent=1))

@@ -98,5 +98,5 @@ def _assemble(
     tensors = assembled(model.checkpoint, low_rank, compress.pair_tensors(plan, factors))
     write_checkpoint(checkpoint, model.source.folder, config, tensors)
     compress.save_plan(plan, plan_file)
-    dense = sum(row.rank is None for row in compress.plan_rows(plan))
-    job.reporter.note(f"{len(low_rank)} linears became pairs, {dense} stay dense")
+    for line in compress.strategy(plan):
+        job.reporter.note(line)
