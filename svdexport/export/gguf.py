@@ -7,6 +7,7 @@ llama.cpp's quantiser gives.
 
 from __future__ import annotations
 
+from svdexport.errors import InputError
 from svdexport.export import gguf_stock
 from svdexport.export.base import Exported, ExportRequest
 from svdexport.export.gguf_layout import Layout, LayoutBuilder
@@ -39,6 +40,8 @@ def export(request: ExportRequest) -> Exported:
     changed = changed_tensors(request.checkpoint, request.source, plan)
     types = Types.of(spec, tied="output.weight" not in base.tensors)
     places, out = plan.places, request.out
+    if spec.form != "pairs" and any(place.match.expert is not None for place in places):
+        raise InputError(f"{places[0].linear}: experts are written in form: pairs only")
     if spec.form == "stock":
         changed |= gguf_stock.dense_weights(request.checkpoint, places)
     elif spec.form == LORA_FORM:

@@ -6,6 +6,7 @@ Names follow the low-rank contract: ``<stem>.lr_a.weight`` and ``<stem>.lr_b.wei
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -14,11 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from svdexport.checkpoint import Checkpoint
+from svdexport.core.lowrank import FactorPair
 from svdexport.errors import InputError
 from svdexport.export.gguf_match import Match
-from svdexport.export.gguf_types import FLOATS, Types, held
+from svdexport.export.gguf_types import FLOATS, NOT_QUANTISED, Types, held
 from svdexport.export.gguf_write import Planned
 from svdexport.runtimes.gguf_file import GgufFile, nbytes
+from svdexport.safety.gguf_header import GgufTensor
 
 # Stems whose linears read one input, and the stem under which they find a shared A.
 SHARED_STEMS = {
@@ -72,19 +75,19 @@ def pair_places(checkpoint: Checkpoint, matches: dict[str, Match]) -> list[PairP
                     f"{member}: its weight's rows are not found in the base GGUF, so the "
                     "pair cannot be placed; leave it dense (compress.ignore)"
                 )
-            if match.expert is not None:
+            if any(part in match.tensor for part in NOT_QUANTISED):
                 raise InputError(
-                    f"{member}: pairs of stacked experts are not written; leave it dense"
+                    f"{member}: llama.cpp does not run {match.tensor} as a pair; leave it dense"
                 )
             if users[match.tensor, match.expert] > 1:
                 raise InputError(
                     f"{member}: {match.tensor} holds another weight too (tied); leave it dense"
                 )
-        stems = [matches[f"{member}.weight"].tensor.removesuffix(".weight") for member in members]
+        found = [matches[f"{member}.weight"] for member in members]
+        stems = [match.tensor.removesuffix(".weight") for match in found]
         shared = shared_stem(stems)
-        for member, stem in zip(members, stems, strict=True):
+        for member, stem, match in zip(members, stems, found, strict=True):
             a = f"{shared or stem}.lr_a.weight"
-            match = matches[f"{member}.weight"]
             places.append(PairPlace(member, leader, a, f"{stem}.lr_b.weight", match))
     return places
 
@@ -115,7 +118,9 @@ class LayoutBuilder:
         self._base = base
         self._checkpoint = checkpoint
         self._types = types
-        self._places = {place.match.tensor: place for place in places}
+        self._places: dict[str, list[PairPlace]] = {}
+        for place in places:
+            self._places.setdefault(place.match.tensor, []).append(place)
         self._changed = changed
         self._layout = Layout()
         self._fallbacks: Counter[tuple[str, str, str]] = Counter()
@@ -126,8 +131,8 @@ class LayoutBuilder:
     def build(self) -> Layout:
         """All tensors, in the base's order."""
         for name in self._base.tensors:
-            if name in self._places:
-                self._add_pair(self._places[name])
+            if places := self._places.get(name):
+                self._add_pair(_by_expert(places, self._base.tensors[name]))
             else:
                 self._add_dense(name)
         self._note_fallbacks()
@@ -135,32 +140,43 @@ class LayoutBuilder:
         self._note_requantised()
         return self._layout
 
-    def _add_pair(self, place: PairPlace) -> None:
-        pair = self._checkpoint.pair(place.linear)
+    def _add_pair(self, places: list[PairPlace]) -> None:
+        """One pair, or those of all experts that a tensor stacks, one slice each."""
+        place, checkpoint = places[0], self._checkpoint
+        shapes = {(p.rank, p.in_features, p.out_features) for p in map(self._pair, places)}
+        rank, n_in, n_out = shapes.pop()
         info = self._base.tensors[place.match.tensor]
-        leader, linear, match = place.leader, place.linear, place.match
-        rank, n_in, n_out = pair.rank, pair.in_features, pair.out_features
-        if (n_in, n_out) != info.ne:
+        if (n_in, n_out) != info.ne[:2]:
             raise InputError(
-                f"{linear}: a pair for {n_out} x {n_in}, but {match.tensor} is {info.ne[::-1]}"
+                f"{place.linear}: a pair for {n_out} x {n_in}, "
+                f"but {place.match.tensor} is {info.ne[::-1]}"
             )
-        checkpoint = self._checkpoint
-        self._layout.params_dense += n_in * n_out
-        self._layout.params += rank * n_out
+        if shapes:
+            raise InputError(f"{place.linear}: the experts of a layer must have one rank")
+        stack = info.ne[2:]
+        self._layout.params_dense += len(places) * n_in * n_out
+        self._layout.params += len(places) * rank * n_out
         if place.a not in self._done:
-            self._layout.params += rank * n_in
+            self._layout.params += len(places) * rank * n_in
             self._add(
                 place.a,
-                (n_in, rank),
+                (n_in, rank, *stack),
                 self._types.a,
-                lambda: floats(checkpoint, f"{leader}.lr_a.weight"),
+                lambda: np.concatenate(
+                    [floats(checkpoint, f"{p.leader}.lr_a.weight") for p in places]
+                ),
             )
         self._add(
             place.b,
-            (rank, n_out),
+            (rank, n_out, *stack),
             self._types.b,
-            lambda: match.to_file(floats(checkpoint, f"{linear}.lr_b.weight")),
+            lambda: np.concatenate(
+                [p.match.to_file(floats(checkpoint, f"{p.linear}.lr_b.weight")) for p in places]
+            ),
         )
+
+    def _pair(self, place: PairPlace) -> FactorPair:
+        return self._checkpoint.pair(place.linear)
 
     def _add_dense(self, name: str) -> None:
         info = self._base.tensors[name]
@@ -200,7 +216,7 @@ class LayoutBuilder:
     def _note_copies(self) -> None:
         """A shared A that has no shared name in llama.cpp stands once per member."""
         names: dict[str, set[str]] = {}
-        for place in self._places.values():
+        for place in itertools.chain.from_iterable(self._places.values()):
             names.setdefault(place.leader, set()).add(place.a)
         copied = {leader: len(found) - 1 for leader, found in names.items() if len(found) > 1}
         if copied:
@@ -214,6 +230,19 @@ class LayoutBuilder:
         """Dense tensors of a quantised input were dequantised to get the type asked for."""
         for (given, now), count in sorted(self._requantised.items()):
             self._layout.notes.append(f"{count} dense tensors of the given GGUF: {given} to {now}")
+
+
+def _by_expert(places: list[PairPlace], info: GgufTensor) -> list[PairPlace]:
+    """A tensor's pairs in the order of its slices; all or none of a layer's experts have one."""
+    if places[0].match.expert is None:
+        return places
+    ordered = sorted(places, key=lambda place: place.match.expert or 0)
+    if [place.match.expert for place in ordered] != list(range(info.ne[2])):
+        raise InputError(
+            f"{places[0].linear}: {len(places)} of {info.ne[2]} experts of "
+            f"{places[0].match.tensor} are compressed; llama.cpp takes all or none"
+        )
+    return ordered
 
 
 def floats(checkpoint: Checkpoint, name: str) -> np.ndarray:

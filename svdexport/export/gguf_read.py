@@ -33,15 +33,14 @@ def read_back(
             continue
         if place.leader not in done:
             done.add(place.leader)
-            yield f"{place.leader}.lr_a.weight", reader.values(place.a)
-        b = place.match.from_file(reader.values(place.b))
-        yield f"{place.linear}.lr_b.weight", b
+            yield f"{place.leader}.lr_a.weight", reader.values(place.a, place.match.expert)
+        b = reader.values(place.b, place.match.expert)
+        yield f"{place.linear}.lr_b.weight", place.match.from_file(b)
     compressed = {f"{place.linear}.weight" for place in plan.places}
     for name, match in plan.matches.items():
         if name in compressed or not checkpoint.has(name):
             continue
-        values = reader.values(match.tensor)
-        matrix = match.from_file(values if match.expert is None else values[match.expert])
+        matrix = match.from_file(reader.values(match.tensor, match.expert))
         yield name, matrix.T if match.transposed else matrix
 
 
@@ -96,10 +95,13 @@ class _Reader:
             check_gguf(beside)
             self.tensors |= {tensor.name: tensor for tensor in Reader(beside).tensors}
 
-    def values(self, name: str) -> np.ndarray:
+    def values(self, name: str, expert: int | None = None) -> np.ndarray:
+        """A tensor, or one slice of a stacked one, as float32 (rows, row length)."""
         tensor = self.tensors[name]
-        values: np.ndarray = self._dequantize(tensor.data, tensor.tensor_type)
-        return values.astype(np.float32).reshape([int(n) for n in tensor.shape[::-1]])
+        data = tensor.data if expert is None else tensor.data[expert]
+        values: np.ndarray = self._dequantize(data, tensor.tensor_type)
+        shape = [int(n) for n in tensor.shape[::-1]][0 if expert is None else 1 :]
+        return values.astype(np.float32).reshape(shape)
 
 
 def _stock_weight(reader: _Reader, place: PairPlace) -> np.ndarray:

@@ -19,6 +19,7 @@ from svdexport.models.blocks import discover
 from svdexport.recipe import GgufExport
 
 VOCABULARY = 384
+DEMO_VOCABULARY = 49152
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -53,20 +54,28 @@ def sentencepiece_model() -> bytes:
 
 
 def make_model(folder: Path, model: str, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
-    """Save a random model of a transformers class (``Llama``) with a sentencepiece tokenizer."""
+    """Save a random model of a transformers class (``Llama``) with a tokenizer.
+
+    That is a sentencepiece one, or the demo model's where ``vocab_size`` is the demo model's.
+    """
     import transformers
 
     torch.manual_seed(0)
     settings = {**SMALL, **config}
-    made = getattr(transformers, f"{model}ForCausalLM")(
-        getattr(transformers, f"{model}Config")(**settings)
+    config_class = {"Gemma3": "Gemma3Text"}.get(model, model)
+    model_class = "GPT2LMHeadModel" if model == "GPT2" else f"{model}ForCausalLM"
+    made = getattr(transformers, model_class)(
+        getattr(transformers, f"{config_class}Config")(**settings)
     )
     for name, parameter in made.named_parameters():
         if parameter.ndim == 1:  # norms and biases: not all ones and zeros
             torch.nn.init.normal_(parameter, 1.0 if "norm" in name or "ln_" in name else 0.0, 0.1)
     made.to(dtype).save_pretrained(folder)
-    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
-    (folder / "tokenizer_config.json").write_text("{}")
+    if settings["vocab_size"] == DEMO_VOCABULARY:
+        demo_tokenizer(folder)
+    else:
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     return folder
 
 
@@ -89,7 +98,11 @@ def compress(
     low_rank: dict[str, PairSpec] = {}
     tensors: dict[str, torch.Tensor] = {}
     for found in discover(model).groups:
-        linears = [member.name for member in found.members if only in member.name]
+        linears = [
+            member.name
+            for member in found.members
+            if only in member.name and min(member.out_features, member.in_features) >= rank
+        ]
         for names in [linears] if group else [[name] for name in linears]:
             if names:
                 tensors |= _factorise(model, names, rank)
@@ -97,11 +110,21 @@ def compress(
     dense = {
         n: source.tensor(n) for n in source.names() if n.removesuffix(".weight") not in low_rank
     }
-    out.mkdir()
-    save_file(dense | tensors, out / "model.safetensors")
-    config = {**source.config, "quantization_config": low_rank_config(low_rank)}
-    (out / "config.json").write_text(json.dumps(config))
+    save_checkpoint(out, source.config, low_rank, dense | tensors)
     return out, model
+
+
+def save_checkpoint(
+    out: Path,
+    config: dict[str, Any],
+    low_rank: dict[str, PairSpec],
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    """Write a compressed checkpoint folder."""
+    out.mkdir()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, out / "model.safetensors")
+    settings = {**config, "quantization_config": low_rank_config(low_rank)}
+    (out / "config.json").write_text(json.dumps(settings))
 
 
 def _factorise(model: torch.nn.Module, names: list[str], rank: int) -> dict[str, torch.Tensor]:
@@ -154,4 +177,3 @@ def demo_tokenizer(folder: Path) -> None:
         pytest.skip("the demo model's tokenizer is needed: make setup fetches it")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(found[0].parent / name, folder / name)
-    (folder / "tokenizer.model").unlink(missing_ok=True)
