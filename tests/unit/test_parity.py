@@ -1,0 +1,179 @@
+"""Parity: arithmetic passes, mistakes do not, on a real (tiny, random) transformers model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from svdexport.errors import InputError
+from svdexport.verify import parity
+
+TOKENS = np.random.default_rng(0).integers(0, 320, parity.POSITIONS)
+Change = Callable[[LlamaForCausalLM], None]
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        initializer_range=0.1,
+    )
+    made = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for name, parameter in made.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(0, 0.3)
+    return made
+
+
+def logits(model: LlamaForCausalLM) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.as_tensor(TOKENS)[None]).logits[0].numpy()
+
+
+def rounded(model: LlamaForCausalLM, block: int = 32) -> np.ndarray:
+    with parity.rounded_activations(model, block):
+        return logits(model)
+
+
+def permuted_rows(model: LlamaForCausalLM) -> None:
+    """Rows of q as the converter of the Llama family leaves them: (heads, 2, half) swapped."""
+    weight = model.model.layers[1].self_attn.q_proj.weight
+    weight.copy_(weight.view(4, 2, 8, 64).transpose(1, 2).reshape(64, 64))
+
+
+def swapped_layers(model: LlamaForCausalLM) -> None:
+    layers = model.model.layers
+    one, two = layers[1].mlp.down_proj.weight, layers[2].mlp.down_proj.weight
+    kept = one.clone()
+    one.copy_(two)
+    two.copy_(kept)
+
+
+def missing_bias(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].self_attn.o_proj.bias.zero_()
+
+
+def transposed_square(model: LlamaForCausalLM) -> None:
+    weight = model.model.layers[2].self_attn.o_proj.weight
+    weight.copy_(weight.T.clone())
+
+
+def dropped_norm(model: LlamaForCausalLM) -> None:
+    model.model.layers[2].input_layernorm.weight.mul_(1.3)
+
+
+MISTAKES = [permuted_rows, swapped_layers, missing_bias, transposed_square, dropped_norm]
+
+
+@pytest.mark.parametrize("change", MISTAKES)
+@pytest.mark.parametrize("kind", [("gguf", "Q8_0"), ("onnx", "int4"), ("gguf", "F16")])
+def test_mistakes_fail_at_every_tolerance(
+    model: LlamaForCausalLM, change: Change, kind: tuple[str, str]
+) -> None:
+    limits = parity.tolerance(*kind)
+    reference = logits(model)
+    wide = rounded(model) if limits is parity.INT8_ACTIVATIONS else None
+    wrong = copy.deepcopy(model)
+    change(wrong)
+    got = parity.compare(reference, logits(wrong), limits, wide)
+    assert not got.passed and "relative difference" in got.problems[0]
+    also_rounded = parity.compare(reference, rounded(wrong), limits, wide)
+    assert not also_rounded.passed
+
+
+def test_rounded_activations_alone_pass(model: LlamaForCausalLM) -> None:
+    """Another block size, and another order of the same sums, stand for a runtime's own ways."""
+    reference = logits(model)
+    for block in (16, 32, 64):
+        limits = parity.tolerance("gguf", "Q4_0")
+        got = parity.compare(reference, rounded(model, block), limits, rounded(model))
+        assert got.passed, got.problems
+        assert got.activation_noise is not None and got.activation_noise > 0.001
+        assert got.max_relative < limits.relative
+
+
+def test_half_precision_passes_its_own_tolerance_and_not_that_of_float32(
+    model: LlamaForCausalLM,
+) -> None:
+    half = logits(copy.deepcopy(model).to(torch.bfloat16).float())
+    reference = logits(model)
+    assert parity.compare(reference, half, parity.BFLOAT16).passed
+    assert not parity.compare(reference, half, parity.FLOAT32).passed
+    double = copy.deepcopy(model).double()
+    exact = logits(double).astype(np.float32)
+    assert parity.compare(reference, exact, parity.FLOAT32).passed
+
+
+def test_figures_are_the_plain_formulas() -> None:
+    rng = np.random.default_rng(1)
+    a = rng.normal(0, 3, (20, 50)).astype(np.float32)
+    b = (a + rng.normal(0, 0.1, a.shape)).astype(np.float32)
+    got = parity.compare(a, b, parity.INT8_ACTIVATIONS)
+    gap = np.abs(a.astype(float) - b.astype(float))
+    assert got.max_abs_diff == gap.max() and got.mean_abs_diff == pytest.approx(gap.mean())
+    assert got.spread == pytest.approx(a.astype(float).std())
+    assert got.relative == pytest.approx(np.sqrt((gap**2).mean()) / got.spread)
+    assert got.worst_relative == pytest.approx(np.sqrt((gap**2).mean(1)).max() / got.spread)
+    assert got.top1_agreement == (a.argmax(1) == b.argmax(1)).mean()
+    assert (got.positions, got.activation_noise) == (20, None)
+
+
+def test_single_wrong_position_is_found() -> None:
+    a = np.random.default_rng(1).normal(0, 3, (96, 50)).astype(np.float32)
+    b = a.copy()
+    b[40] += np.random.default_rng(2).normal(0, 1, 50)
+    got = parity.compare(a, b, parity.INT8_ACTIVATIONS)
+    assert got.relative < parity.INT8_ACTIVATIONS.relative
+    assert any("position 40" in problem for problem in got.problems)
+
+
+def test_nan_is_a_problem_and_not_an_accident() -> None:
+    a = np.random.default_rng(1).normal(0, 3, (8, 50)).astype(np.float32)
+    b = a.copy()
+    b[3, 7] = np.nan
+    got = parity.compare(a, b, parity.FLOAT32)
+    assert "first at position 3" in got.problems[0]
+    assert np.isfinite(got.relative) and np.isfinite(got.max_abs_diff)
+
+
+def test_limits_never_widen_to_where_nothing_is_told() -> None:
+    a = np.random.default_rng(1).normal(0, 3, (96, 500)).astype(np.float32)
+    unrelated = np.random.default_rng(2).normal(0, 3, a.shape).astype(np.float32)
+    got = parity.compare(a, unrelated, parity.INT8_ACTIVATIONS, unrelated)
+    assert not got.passed and got.max_relative == 0.6
+
+
+def test_reference_without_meaning_is_refused() -> None:
+    a = np.ones((4, 5), np.float32)
+    with pytest.raises(InputError, match="all equal"):
+        parity.compare(a, a, parity.FLOAT32)
+    with pytest.raises(InputError, match="shape"):
+        parity.compare(a, a[:2], parity.FLOAT32)
+
+
+def test_rounding_is_that_of_q8_0_and_hooks_are_removed(model: LlamaForCausalLM) -> None:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    values = np.random.default_rng(0).normal(0, 2, (3, 64)).astype(np.float32)
+    q8 = GGMLQuantizationType.Q8_0
+    expected = dequantize(quantize(values, q8), q8)
+    got = parity._round_blocks(torch.tensor(values), 32).numpy()
+    # Q8_0 keeps its scale in half precision
+    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=1e-6)
+    assert torch.equal(parity._round_blocks(torch.zeros(2, 40), 32), torch.zeros(2, 40))
+    before = logits(model)
+    assert not np.array_equal(rounded(model), before)
+    np.testing.assert_array_equal(logits(model), before)
