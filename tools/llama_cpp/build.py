@@ -155,15 +155,13 @@ def prepare(source: Path, key: str, stock: bool, log: Path) -> None:
         else:
             link.unlink(missing_ok=True)
     if not stock:
-        run(
-            ["git", "apply", str(PATCH.resolve())],
-            log,
-            cwd=llama,
-            GIT_CEILING_DIRECTORIES=str(source),
-        )
-        replace_once(
-            source / "llama_cpp" / "__init__.py", f'"{VERSION}"', f'"{VERSION}+lowrank1.{key[:8]}"'
-        )
+        # inside another repository git would skip every file without a word
+        apply_patch = ["git", "apply", str(PATCH.resolve())]
+        run(apply_patch, log, cwd=llama, GIT_CEILING_DIRECTORIES=str(source))
+        if not (llama / "src" / "llama-low-rank.h").exists():
+            raise BuildError(f"'git apply {PATCH.name}' changed nothing")
+        init = source / "llama_cpp" / "__init__.py"
+        replace_once(init, f'"{VERSION}"', f'"{VERSION}+lowrank1.{key[:8]}"')
     replace_once(
         source / "CMakeLists.txt",
         "set(LLAMA_BUILD_COMMON ON CACHE",
