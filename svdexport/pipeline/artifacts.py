@@ -21,6 +21,7 @@ from svdexport.models.loader import load_model
 from svdexport.pipeline.job import Job, ModelUnderWork, key
 from svdexport.recipe import CheckpointExport, Export, GgufExport
 from svdexport.runtimes import Runtime, open_runtime
+from svdexport.runtimes.gguf_file import adapter_of
 from svdexport.runtimes.torch_rt import TorchRuntime
 from svdexport.verify.parity import (
     INT8_ACTIVATIONS,
@@ -55,7 +56,7 @@ class Artifact:
 def artifact_name(spec: Export) -> str:
     """Name in the output folder, from the format and type alone."""
     if isinstance(spec, GgufExport):
-        return f"model-{spec.type}.gguf"
+        return f"model-{spec.label}.gguf"
     if isinstance(spec, CheckpointExport):
         return "checkpoint" if spec.dtype == "source" else f"checkpoint-{spec.dtype}"
     return f"onnx-{spec.precision}"
@@ -123,6 +124,8 @@ def _checked(
 def _hashes(path: Path) -> dict[str, str]:
     """sha256 of each file of an artifact, by path relative to its parent."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    if path.suffix == ".gguf" and (adapter := adapter_of(path)) is not None:
+        files.append(adapter)
     return {p.relative_to(path.parent).as_posix(): sha256_file(p) for p in files}
 
 
@@ -131,7 +134,9 @@ def _parity(
 ) -> Parity:
     """Logits of the file in its runtime against torch with the values read back from the file."""
     torch.set_num_threads(job.threads)
-    reference = load_model(opened.path, model.source.trust_remote_code)
+    stock = isinstance(spec, GgufExport) and spec.form != "pairs"  # read back as dense weights
+    folder = model.source.folder if stock else opened.path
+    reference = load_model(folder, model.source.trust_remote_code)
     values = exporter(spec.format).read_back(
         exported.path, opened, model.source.folder, model.source.gguf, job.work / "base"
     )
