@@ -5,6 +5,7 @@ Importing this package makes transformers' ``from_pretrained`` load compressed c
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -42,9 +43,8 @@ class _RegisterOnImport(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    from svdexport.models.hf import register
-
-    register()
+    # Registers itself. Where that module is what imports transformers, it is underway already.
+    importlib.import_module("svdexport.models.hf")
 
 
 if _HOOKED in sys.modules:

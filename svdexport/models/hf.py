@@ -1,6 +1,7 @@
 """transformers integration: ``AutoModelForCausalLM.from_pretrained`` loads compressed checkpoints.
 
-``import svdexport`` arranges for ``register`` to run once transformers is imported.
+``import svdexport`` arranges for this module to be imported once transformers' registry is; it
+registers itself.
 """
 
 from __future__ import annotations
@@ -62,3 +63,6 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(LowRankConfig)
         register_quantizer(QUANT_METHOD)(LowRankQuantizer)
+
+
+register()
