@@ -81,14 +81,15 @@ def _sections(result: RunResult) -> Iterator[str]:
     yield "## Recipe"
     yield fence(result.recipe_text, "yaml")
     if result.overrides:
-        yield "With " + ", ".join(f"`--set {o}`" for o in result.overrides) + "."
+        yield "With " + ", ".join(markdown.code(f"--set {o}") for o in result.overrides) + "."
     yield f"sha256 of the recipe with its defaults: `{result.recipe_sha256}`"
 
 
 def _usage(result: RunResult) -> Iterator[str]:
     pairs = bool(figures.factorised(result))
     for artifact in _kept(result):
-        yield f"### {artifact.label} on {artifact.runtime}: `{artifact.path}`"
+        where = f"{artifact.label} on {artifact.runtime}"
+        yield f"### {markdown.escape(where)}: {markdown.code(artifact.path)}"
         if artifact.format == "gguf":
             yield from _gguf_usage(artifact, pairs)
         elif artifact.format == "onnx":
@@ -105,7 +106,7 @@ def _gguf_usage(artifact: ArtifactResult, pairs: bool) -> Iterator[str]:
         )
     yield fence(
         "from llama_cpp import Llama\n\n"
-        f'model = Llama("{artifact.path}", n_ctx=2048)\n'
+        f"model = Llama({artifact.path!r}, n_ctx=2048)\n"
         'print(model("The capital of France is", max_tokens=32)["choices"][0]["text"])',
         "python",
     )
@@ -114,7 +115,7 @@ def _gguf_usage(artifact: ArtifactResult, pairs: bool) -> Iterator[str]:
 def _onnx_usage(artifact: ArtifactResult) -> Iterator[str]:
     yield fence(
         "import onnxruntime_genai as og\n\n"
-        f'model = og.Model("{artifact.path}")\n'
+        f"model = og.Model({artifact.path!r})\n"
         "tokenizer = og.Tokenizer(model)\n"
         "params = og.GeneratorParams(model)\n"
         "params.set_search_options(max_length=64, do_sample=False)\n"
@@ -135,8 +136,8 @@ def _checkpoint_usage(artifact: ArtifactResult) -> Iterator[str]:
     yield fence(
         "import svdexport  # registers the low-rank layers\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{artifact.path}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{artifact.path}")',
+        f"model = AutoModelForCausalLM.from_pretrained({artifact.path!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({artifact.path!r})",
         "python",
     )
 
@@ -167,7 +168,7 @@ def _samples(result: RunResult) -> Iterator[str]:
         for sample in artifact.quality.generations[:3]:
             loop = " *(repeats itself)*" if sample.looping else ""
             yield (
-                f"- {artifact.label}: {markdown.escape(sample.prompt)} "
+                f"- {markdown.escape(artifact.label)}: {markdown.escape(sample.prompt)} "
                 f"**{markdown.escape(sample.text)}**{loop}"
             )
 
@@ -182,7 +183,8 @@ def _limits(result: RunResult) -> Iterator[str]:
             continue
         if artifact.quality.perplexity > baseline.quality.perplexity:
             growth = artifact.quality.perplexity / baseline.quality.perplexity - 1
-            yield f"{artifact.label}: perplexity is {growth:.0%} above that of its dense twin."
+            label = markdown.escape(artifact.label)
+            yield f"{label}: perplexity is {growth:.0%} above that of its dense twin."
     plain = [a for a in result.artifacts if a.role == "plain" and a.quality is not None]
     for other in plain:
         for artifact in _kept(result):
@@ -194,8 +196,9 @@ def _limits(result: RunResult) -> Iterator[str]:
             )
             if better:
                 yield (
-                    f"Plain quantisation to {other.type} is smaller and better than "
-                    f"{artifact.label} here: use that where size and quality decide."
+                    f"Plain quantisation to {markdown.escape(other.type)} is smaller and better "
+                    f"than {markdown.escape(artifact.label)} here: use that where size and "
+                    "quality decide."
                 )
     if not result.source.license:
         yield "The source model states no licence: ask its author before passing this on."
@@ -203,7 +206,7 @@ def _limits(result: RunResult) -> Iterator[str]:
         yield markdown.escape(note)
     for artifact in _kept(result):
         for note in artifact.notes:
-            yield f"{artifact.label}: {markdown.escape(note)}"
+            yield markdown.escape(f"{artifact.label}: {note}")
 
 
 def _pairs(result: RunResult) -> Iterator[tuple[ArtifactResult, ArtifactResult]]:

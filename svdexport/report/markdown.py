@@ -36,7 +36,7 @@ def summary(result: RunResult) -> str:
         parts += ["### Kept dense", kept_dense(result)]
     if result.stages:
         parts += ["### Time", stages(result)]
-    parts.append(f"Repeat with `{result.command}`.")
+    parts.append(f"Repeat with {code(result.command)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -111,6 +111,16 @@ def escape(text: str) -> str:
     for char in "\\|`*_[]<>":
         text = text.replace(char, "\\" + char)
     return text.replace("\\<", "&lt;").replace("\\>", "&gt;")
+
+
+def code(text: str) -> str:
+    """Inline code on one line, in more backticks than the text has in a row."""
+    text = " ".join(text.split())
+    ticks = "`"
+    while ticks in text:
+        ticks += "`"
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
 
 
 def _with_interval(median: str, interval: str) -> str:
