@@ -44,6 +44,7 @@ class Shape:
     heads: int
     kv_heads: int
     vocab: int
+    tied: bool = False
 
     def linears(self) -> dict[str, tuple[int, int]]:
         kv = self.width // self.heads * self.kv_heads
@@ -60,7 +61,7 @@ class Shape:
 
 SHAPES = {
     "six-layers": Shape(6, 2048, 5632, 32, 32, 4096),
-    "smollm2-135m": Shape(30, 576, 1536, 9, 3, 49152),
+    "smollm2-135m": Shape(30, 576, 1536, 9, 3, 49152, tied=True),
     "1.1b": Shape(22, 2048, 5632, 32, 4, 32000),
 }
 
@@ -89,7 +90,8 @@ def pair_shapes(
 
 def write(path: Path, shape: Shape, layer: dict[str, tuple[int, int]]) -> None:
     rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
+    part = path.with_suffix(".part")
+    writer = gguf.GGUFWriter(part, "llama")
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(shape.vocab)
     writer.add_context_length(CONTEXT)
@@ -108,7 +110,8 @@ def write(path: Path, shape: Shape, layer: dict[str, tuple[int, int]]) -> None:
         )
 
     add("token_embd", shape.vocab, shape.width)
-    add("output", shape.vocab, shape.width)
+    if not shape.tied:
+        add("output", shape.vocab, shape.width)
     writer.add_tensor("output_norm.weight", np.ones(shape.width, dtype=np.float32))
     for i in range(shape.layers):
         for name, (rows, length) in layer.items():
@@ -119,6 +122,7 @@ def write(path: Path, shape: Shape, layer: dict[str, tuple[int, int]]) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    part.rename(path)
 
 
 def quantise(source: Path, kind: str) -> Path:
@@ -130,9 +134,10 @@ def quantise(source: Path, kind: str) -> Path:
     name = f"LLAMA_FTYPE_MOSTLY_{kind}"
     params.ftype = getattr(llama_cpp, name, None) or getattr(llama_cpp, f"{name}_S")
     params.pure = True
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params) != 0:
+    part = out.with_suffix(".part")
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(part).encode(), params) != 0:
         raise SystemExit(f"llama.cpp cannot quantise {source.name} to {kind}")
-    return out
+    return part.rename(out)
 
 
 class Model:
