@@ -26,6 +26,9 @@ LAST_FILE = "model_last.onnx"
 
 DATA_FILE = "model.onnx.data"
 
+TRANSPOSED_KEY = "svdexport.transposed"
+"""Model metadata: dense tensors that the checkpoint stores as (inputs, outputs), as GPT-2 does."""
+
 MAX_IR_VERSION = 13
 MAX_OPSET = 26
 """What onnxruntime 1.31 loads."""
@@ -36,14 +39,14 @@ _HEAD_BITS = {"fp32": None, "int8": 8, "int4": 8}
 
 
 def export(request: ExportRequest) -> Exported:
-    """Write the folder ``request.out``. Raises InputError for a family without an exact graph."""
-    try:
-        import onnx_ir as ir
+    """Write the folder ``request.out``.
 
-        from svdexport.export.onnx_builder import build
+    The graph is the onnxruntime-genai builder's where that is exact, else torch.onnx's. Raises
+    InputError where neither can.
+    """
+    try:
         from svdexport.export.onnx_emit import BuildPlan
         from svdexport.export.onnx_files import write_side_files
-        from svdexport.export.onnx_pack import DataWriter
     except ImportError as error:
         raise MissingExtraError("onnx", f"ONNX export ({error.name} is missing)") from None
     spec = request.spec
@@ -56,26 +59,47 @@ def export(request: ExportRequest) -> Exported:
         _grid(_BITS[spec.precision], spec.block_size),
         _grid(_HEAD_BITS[spec.precision], spec.block_size),
     )
-    with DataWriter(request.out, DATA_FILE) as data:
-        model, builder, emission = build(plan, data, request.out)
-    rows = {name: [list(row) for row in rows] for name, rows in sorted(emission.rows.items())}
-    model.metadata_props[ROWS_KEY] = json.dumps(rows, separators=(",", ":"))
-    builder.stamp_build_metadata(model)
-    every = ir.to_proto(model)
+    every, genai, emission, records, reason = _build(plan, request.out)
     files = {MODEL_FILE: every, LAST_FILE: last_position_graph(every)}
     for name, proto in files.items():
         (request.out / name).write_bytes(proto.SerializeToString(deterministic=True))
-    write_side_files(request.source, request.out, builder, LAST_FILE)
+    write_side_files(request.source, request.out, genai, LAST_FILE)
     size = sum((request.out / name).stat().st_size for name in (*files, DATA_FILE))
-    notes = tuple(_notes(spec, emission, plan))
-    return Exported(request.out, "onnx", spec.precision, size, data.records, notes)
+    notes = tuple(_notes(emission, plan, reason))
+    return Exported(request.out, "onnx", spec.precision, size, records, notes)
+
+
+def _build(
+    plan: Any, out: Path
+) -> tuple[Any, dict[str, Any], Any, dict[str, TensorRecord], str | None]:
+    """(graph, genai_config.json, what was emitted, records, why not by the builder)."""
+    import onnx_ir as ir
+
+    from svdexport.export.onnx_builder import build, load_config, why_not
+    from svdexport.export.onnx_general import build_general, genai_settings
+    from svdexport.export.onnx_pack import DataWriter
+
+    config = load_config(plan.source)
+    reason = why_not(config)
+    with DataWriter(out, DATA_FILE) as data:
+        if reason is None:
+            model, genai, emission = build(plan, data, config, out)
+        else:
+            model, emission = build_general(plan, data, config)
+            genai = genai_settings(config, LAST_FILE)
+    rows = {name: [list(row) for row in rows] for name, rows in sorted(emission.rows.items())}
+    model.metadata_props[ROWS_KEY] = json.dumps(rows, separators=(",", ":"))
+    model.metadata_props[TRANSPOSED_KEY] = json.dumps(sorted(emission.transposed))
+    return ir.to_proto(model), genai, emission, data.records, reason
 
 
 def _grid(bits: int | None, block_size: int) -> NBitsGrid | None:
     return None if bits is None else NBitsGrid(bits, block_size)
 
 
-def _notes(spec: OnnxExport, emission: Any, plan: Any) -> Iterator[str]:
+def _notes(emission: Any, plan: Any, reason: str | None) -> Iterator[str]:
+    if reason is not None:
+        yield f"graph by torch.onnx, with standard attention operators: {reason}"
     if plan.grid is not None:
         yield (
             f"linears: {plan.grid.bits} bits, blocks of {plan.grid.block_size}, symmetric, rounded "
@@ -84,7 +108,7 @@ def _notes(spec: OnnxExport, emission: Any, plan: Any) -> Iterator[str]:
         yield f"LM head: {plan.head_grid.bits} bits"
     if emission.shared_embedding:
         yield "embedding and LM head are tied and stored once"
-    elif "model.embed_tokens.weight" in emission.rows:
+    else:
         yield "embedding: not quantised"
     padded = sorted(
         name
@@ -116,6 +140,7 @@ def read_back(
             f"{path / MODEL_FILE}: no {ROWS_KEY} metadata: not written by svdexport"
         )
     rows: dict[str, list[tuple[str, int]]] = json.loads(metadata[ROWS_KEY])
+    transposed = set(json.loads(metadata.get(TRANSPOSED_KEY, "[]")))
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     seen: set[str] = set()
     for node in model.graph.node:
@@ -128,7 +153,8 @@ def read_back(
             values = _node_weight(node, tensors, path)
             start = 0
             for tensor_name, count in rows[name]:
-                yield tensor_name, values[start : start + count]
+                part = values[start : start + count]
+                yield tensor_name, part.T if tensor_name in transposed else part
                 start += count
             if start != values.shape[0]:
                 raise ArtifactError(

@@ -7,6 +7,7 @@ on the meta device) and the projections come from the checkpoint, one at a time,
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,22 +34,10 @@ ROPE_TYPES = ("default", "llama3")
 
 
 def load_config(source: Path) -> Any:
-    """The model's config, by transformers. Raises InputError where the builder is not exact."""
+    """The model's config, by transformers, without a quantisation of its own."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
-    names = getattr(config, "architectures", None) or ["(none)"]
-    if names[0] not in FAMILIES:
-        raise InputError(
-            f"{source}/config.json: ONNX export knows {', '.join(FAMILIES)}; {names[0]} is not "
-            "among them: the onnxruntime-genai builder's graph for it was not shown to be exact"
-        )
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in ROPE_TYPES:
-        raise InputError(
-            f"{source}/config.json: rotary embedding of type {rope!r}; ONNX export is exact for "
-            f"{', '.join(ROPE_TYPES)} only"
-        )
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     if getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None:
         # Mistral slides in every layer and says so nowhere; the builder would ignore the window.
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
@@ -56,6 +45,17 @@ def load_config(source: Path) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def why_not(config: Any) -> str | None:
+    """Why the builder's graph would not be exact for a model; None where it is."""
+    names = getattr(config, "architectures", None) or ["a model of no named architecture"]
+    if names[0] not in FAMILIES:
+        return f"the onnxruntime-genai builder's graph for {names[0]} was not shown to be exact"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        return f"the onnxruntime-genai builder does not do rotary embeddings of type {rope} exactly"
+    return None
 
 
 def shell(config: Any, checkpoint: Checkpoint) -> torch.nn.Module:
@@ -84,25 +84,29 @@ def shell(config: Any, checkpoint: Checkpoint) -> torch.nn.Module:
     return model
 
 
-def build(plan: BuildPlan, data: DataWriter, out: Path) -> tuple[ir.Model, Any, Emission]:
-    """Emit the graph; returns it, the builder (for genai_config.json) and what was emitted.
+def build(
+    plan: BuildPlan, data: DataWriter, config: Any, out: Path
+) -> tuple[ir.Model, dict[str, Any], Emission]:
+    """Emit the graph; returns it, the contents of genai_config.json and what was emitted.
 
     The builder prints as it goes; that goes to stderr, since stdout may carry JSON.
     """
-    config = load_config(plan.source)
     model = shell(config, plan.checkpoint)
     with contextlib.redirect_stdout(sys.stderr):
         maker = _builder_class(config.architectures[0])(config, model, plan, data, out)
         maker.make_model(str(plan.source))
+        maker.make_genai_config(config, {}, str(out))
     maker.model.graph.sort()
+    maker.stamp_build_metadata(maker.model)
+    settings = json.loads((out / "genai_config.json").read_text(encoding="utf-8"))
     emission: Emission = maker.emission
-    return maker.model, maker, emission
+    return maker.model, settings, emission
 
 
 def _builder_class(architecture: str) -> Callable[..., Any]:
     try:
         import onnxruntime_genai.models.builder as families
-    except ImportError:
-        raise MissingExtraError("onnx", "ONNX export") from None
+    except ImportError as error:
+        raise MissingExtraError("onnx", f"ONNX export ({error})") from None
     base = getattr(families, FAMILIES[architecture])
     return type(f"Svdexport{base.__name__}", (PairEmitter, base), {})

@@ -50,10 +50,12 @@ class Emission:
     Attributes:
         rows: initialiser that holds linears -> the checkpoint's tensors it is made of, in order.
         grids: weight initialiser -> its grid, where it is quantised.
+        transposed: dense tensors that the checkpoint stores as (inputs, outputs).
         shared_embedding: the LM head's weight also serves the embedding.
     """
 
     rows: dict[str, list[Row]] = field(default_factory=dict)
+    transposed: list[str] = field(default_factory=list)
     grids: dict[str, NBitsGrid] = field(default_factory=dict)
     shared_embedding: bool = False
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +39,13 @@ def both_rope_forms(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def write_side_files(source: Path, out: Path, builder: Any, graph: str) -> None:
-    """Copy the tokenizer; write config.json, and genai_config.json to run ``graph``."""
+def write_side_files(source: Path, out: Path, genai: dict[str, Any], graph: str) -> None:
+    """Copy the tokenizer; write config.json, and genai_config.json for the file ``graph``."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     _write_json(out / "config.json", both_rope_forms(config))
-    with contextlib.redirect_stdout(sys.stderr):
-        builder.make_genai_config(builder.config, {}, str(out))
-    genai = json.loads((out / "genai_config.json").read_text(encoding="utf-8"))
     genai["model"]["decoder"]["filename"] = graph
     _write_json(out / "genai_config.json", genai)
 

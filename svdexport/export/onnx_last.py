@@ -43,11 +43,15 @@ def last_position_graph(model: Any) -> Any:
     nodes[place].input[0] = pick.output[0]
     del last.graph.node[:]
     last.graph.node.extend([*nodes[:place], index, pick, *nodes[place:]])
-    for value in [*last.graph.output, *last.graph.value_info]:
-        if value.name == "logits" or value.name.startswith("/lm_head/"):
+    for value in last.graph.output:
+        if value.name == "logits":
             dimension = value.type.tensor_type.shape.dim[1]
             dimension.Clear()
             dimension.dim_value = 1
+    stale = {name for node in nodes[place:] for name in node.output}
+    kept = [value for value in last.graph.value_info if value.name not in stale]
+    del last.graph.value_info[:]
+    last.graph.value_info.extend(kept)
     return last
 
 

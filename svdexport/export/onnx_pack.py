@@ -49,6 +49,11 @@ class DataWriter:
     ) -> None:
         self._file.close()
 
+    def note(self, name: str, array: np.ndarray) -> None:
+        """Remember a small tensor that stays inside the graph."""
+        dtype = ir.DataType.from_numpy(array.dtype)
+        self.records[name] = TensorRecord.of(array.shape, dtype.name, array.tobytes())
+
     def add(self, name: str, array: np.ndarray) -> ir.ExternalTensor:
         """Write ``array`` under ``name``. Raises ValueError where the name was used before."""
         if name in self.records:

@@ -32,6 +32,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 32},
 }
 
+GENERAL: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "model_type": "gemma2",
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 16,
+    },
+    "phi3": {"model_type": "phi3", "num_key_value_heads": 2},
+    "opt": {"model_type": "opt", "ffn_dim": INNER, "word_embed_proj_dim": HIDDEN},
+    "gpt2": {"model_type": "gpt2", "n_positions": 128},
+}
+"""Families that the onnxruntime-genai builder does not do exactly."""
+
+BLOCKS = {"opt": "model.decoder.layers", "gpt2": "transformer.h"}
+"""Where the blocks stand, if not in ``model.layers``."""
+
 
 def make_model(folder: Path, family: str, **changes: Any) -> torch.nn.Module:
     """Save a random two-layer model with a byte-level tokenizer; gives it in float32."""
@@ -45,7 +62,7 @@ def make_model(folder: Path, family: str, **changes: Any) -> torch.nn.Module:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 2,
-        **FAMILIES[family],
+        **(FAMILIES | GENERAL)[family],
         **changes,
     }
     torch.manual_seed(7)
@@ -89,10 +106,13 @@ def compress(
     dense = Checkpoint.open(source)
     tensors = {name: tensor.float() for name, tensor in dense.iter_tensors()}
     low_rank: dict[str, PairSpec] = {}
-    for layer in range(dense.config["num_hidden_layers"]):
+    conv = dense.config["model_type"] == "gpt2"
+    blocks = BLOCKS.get(dense.config["model_type"], "model.layers")
+    for layer in range(2):
         for group in groups:
-            members = [f"model.layers.{layer}.{name}" for name in group]
+            members = [f"{blocks}.{layer}.{name}" for name in group]
             weights = [tensors.pop(f"{member}.weight") for member in members]
+            weights = [weight.T if conv else weight for weight in weights]
             u, s, vh = torch.linalg.svd(torch.cat(weights), full_matrices=False)
             b = u[:, :rank] * s[:rank].sqrt()
             tensors[f"{members[0]}.lr_a.weight"] = s[:rank, None].sqrt() * vh[:rank]
@@ -123,4 +143,6 @@ def load_values(model: torch.nn.Module, checkpoint: Checkpoint, values: dict[str
                 parameter.copy_(value(name))
             else:
                 b, a = value(f"{linear}.lr_b.weight"), value(f"{spec.group}.lr_a.weight")
-                parameter.copy_((b.double() @ a.double()).float())
+                product = (b.double() @ a.double()).float()
+                conv = checkpoint.config["model_type"] == "gpt2"
+                parameter.copy_(product.T if conv else product)

@@ -1,0 +1,218 @@
+"""The general path to a decoder's graph: torch.onnx traces the model, with its cache as inputs.
+
+For families whose graph by the onnxruntime-genai builder is not exact. Linears are traced with
+stand-ins of no size (one number, expanded), under names that say which linear they are; the true
+weights are written from the checkpoint afterwards, one at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from svdexport.checkpoint import Checkpoint
+from svdexport.errors import InputError
+
+OPSET = 20
+"""The last opset before attention becomes one operator, which onnxruntime's CPU runs no faster."""
+
+PREFIX = "model."
+"""What the traced wrapper puts before every name of the model's own."""
+
+_STAND_IN = "stand_in_"
+_TRACE_BATCH, _TRACE_TOKENS, _TRACE_PAST = 2, 3, 4
+
+
+class _Linear(nn.Module):
+    """x -> x W_1 W_2 ... + bias, each W a stand-in (inputs, outputs)."""
+
+    def __init__(self, shapes: dict[str, tuple[int, int]], bias: Tensor | None) -> None:
+        super().__init__()
+        self.leaves = tuple(shapes)
+        for leaf, (rows, columns) in shapes.items():
+            # Equal constants could be merged by an optimiser: give each its own number.
+            number = torch.rand(())
+            self.register_buffer(_STAND_IN + leaf, number.expand(columns, rows))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._leader: list[_Linear] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        for leader in self._leader:
+            x = x @ leader.get_buffer(_STAND_IN + "lr_a")
+        for leaf in self.leaves:
+            x = x @ self.get_buffer(_STAND_IN + leaf)
+        return x if self.bias is None else x + self.bias
+
+
+class _Decoder(nn.Module):
+    """The model with flat keys and values in and out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        found = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        layers = found.past_key_values.layers
+        return (found.logits, *(t for layer in layers for t in (layer.keys, layer.values)))
+
+
+def traced_model(config: Any, checkpoint: Checkpoint) -> nn.Module:
+    """The model with stand-ins for its linears and everything else from the checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    with _parameters_on_meta():
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        )
+    model.eval()
+    made: dict[str, _Linear] = {}
+    for name, module in list(model.named_modules()):
+        if is_linear(module):
+            made[name] = _stand_in(name, module, checkpoint)
+            model.set_submodule(name, made[name])
+    for name, spec in checkpoint.low_rank.items():
+        if name not in made:
+            raise InputError(f"{checkpoint.path}: {name} is compressed but is no linear here")
+        if spec.group != name:
+            made[name]._leader.append(made[spec.group])
+    _load_rest(model, checkpoint)
+    return model
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, or GPT-2's Conv1D, which is one with its weight transposed."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def _stand_in(name: str, module: nn.Module, checkpoint: Checkpoint) -> _Linear:
+    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
+    if type(module) is not nn.Linear:
+        rows, columns = columns, rows
+    bias = checkpoint.tensor(f"{name}.bias").float() if module.bias is not None else None
+    spec = checkpoint.low_rank.get(name)
+    if spec is None:
+        leaf = "weight" if type(module) is nn.Linear else "weight_t"
+        return _Linear({leaf: (rows, columns)}, bias)
+    shapes = {"lr_a": (spec.rank, columns)} if spec.group == name else {}
+    return _Linear({**shapes, "lr_b": (rows, spec.rank)}, bias)
+
+
+def _load_rest(model: nn.Module, checkpoint: Checkpoint) -> None:
+    for name, parameter in list(model.named_parameters()):
+        if parameter.device.type != "meta":
+            continue
+        value = checkpoint.tensor(name).float()
+        if value.shape != parameter.shape:
+            raise InputError(
+                f"{checkpoint.path}: tensor {name} has shape {tuple(value.shape)}, "
+                f"config.json means {tuple(parameter.shape)}"
+            )
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within this context new parameters have no memory, while buffers (rotary tables) are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def trace(model: nn.Module, heads: int, width: int, layers: int) -> ir.Model:
+    """Trace the model with ``layers`` caches of (batch, heads, past, width), batch and past free.
+
+    Raises InputError where torch.onnx cannot.
+    """
+    past = [torch.zeros(_TRACE_BATCH, heads, _TRACE_PAST, width) for _ in range(2 * layers)]
+    tokens, total = _TRACE_TOKENS, _TRACE_TOKENS + _TRACE_PAST
+    positions = torch.arange(_TRACE_PAST, total)[None].repeat(_TRACE_BATCH, 1)
+    inputs = {
+        "input_ids": torch.ones(_TRACE_BATCH, tokens, dtype=torch.long),
+        "attention_mask": torch.ones(_TRACE_BATCH, total, dtype=torch.long),
+        "position_ids": positions,
+        "past": past,
+    }
+    free = {
+        "input_ids": {0: "batch_size", 1: "sequence_length"},
+        "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+        "position_ids": {0: "batch_size", 1: "sequence_length"},
+        "past": [{0: "batch_size", 2: "past_sequence_length"}] * len(past),
+    }
+    names = [f"{{}}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                _Decoder(model),
+                (),
+                kwargs=inputs,
+                dynamic_shapes=free,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=True,
+                verbose=False,
+                input_names=[*list(inputs)[:3], *(n.format("past_key_values") for n in names)],
+                output_names=["logits", *(n.format("present") for n in names)],
+            )
+        except Exception as error:  # torch.onnx raises what the traced code raises, too
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise InputError(
+                f"{type(model).__name__}: torch.onnx cannot trace it ({reason})"
+            ) from error
+    assert program is not None
+    graph: ir.Model = program.model
+    return graph
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx tells of every optional pass that did not apply."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def stand_in_of(initializer: str) -> tuple[str, str] | None:
+    """(linear, leaf) of a stand-in's initialiser, None for others.
+
+    The leaf is ``weight``, ``weight_t`` (stored as inputs x outputs), ``lr_a`` or ``lr_b``.
+    """
+    owner, _, leaf = initializer.rpartition(".")
+    if not leaf.startswith(_STAND_IN):
+        return None
+    return owner.removeprefix(PREFIX), leaf.removeprefix(_STAND_IN)
