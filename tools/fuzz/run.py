@@ -144,7 +144,7 @@ def main() -> None:
             f"-max_total_time={options.seconds}",
             f"-rss_limit_mb={MEGABYTES}",
             f"-max_len={MAX_INPUT}",
-            "-timeout=30",
+            "-timeout=300",
             "-verbosity=0",
             "-print_final_stats=1",
             f"-artifact_prefix=crash-{options.name}-",
