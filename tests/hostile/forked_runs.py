@@ -13,7 +13,13 @@ from pathlib import Path
 CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, in the server that all runs are forked from.
 CONTEXT.set_forkserver_preload(
-    ["svdexport.cli", "svdexport.pipeline.run", "transformers.models.llama", "torch"]
+    [
+        "svdexport.cli",
+        "svdexport.pipeline.run",
+        "svdexport.models.hf",
+        "transformers.models.llama.modeling_llama",
+        "torch._dynamo",
+    ]
 )
 
 

@@ -20,7 +20,7 @@ schema: 1
 model: {path: m}
 calibration: {samples: 6, length: 32}
 compress: {budget: {param_ratio: 0.7}, rank_multiple: 8}
-export: [{format: checkpoint}, {format: checkpoint, dtype: float32}]
+export: [{format: checkpoint}]
 evaluate: {context: 32, windows: 2}
 speed: {threads: 1}
 """
@@ -66,7 +66,7 @@ def reference(place: Path) -> tuple[dict[str, str], float]:
     seconds = time.perf_counter() - begin
     assert code == 0, err
     found = digests(place)
-    assert len(found) >= 4
+    assert len(found) >= 3
     return found, seconds
 
 
