@@ -100,6 +100,8 @@ def _grid(bits: int | None, block_size: int) -> NBitsGrid | None:
 def _notes(emission: Any, plan: Any, reason: str | None) -> Iterator[str]:
     if reason is not None:
         yield f"graph by torch.onnx, with standard attention operators: {reason}"
+    else:
+        yield "attention is GroupQueryAttention: pad the prompts of a batch on the right"
     if plan.grid is not None:
         yield (
             f"linears: {plan.grid.bits} bits, blocks of {plan.grid.block_size}, symmetric, rounded "

@@ -183,6 +183,42 @@ def test_bytes_are_the_same_every_time(tmp_path: Path) -> None:
         )
 
 
+def test_a_batch_padded_on_the_right_is_exact(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "onnx"
+    model = make_model(source, "llama")
+    checkpoint = compress(source, tmp_path / "low", SHARED)
+    exported = run_export(source, checkpoint, out, "fp32")
+    assert any("on the right" in note for note in exported.notes)
+    dequantised(model, out, checkpoint, source)
+    runtime = OrtRuntime(out, threads=1)
+    runtime._open(out / MODEL_FILE)
+    lengths = (12, 7, 3, 9)
+    feeds = {
+        "input_ids": np.stack([np.where(np.arange(12) < n, TOKENS[:12], 2) for n in lengths]),
+        "attention_mask": np.stack([np.arange(12) < n for n in lengths]).astype(np.int64),
+    }
+    feeds |= {name: np.zeros((4, 2, 0, 16), np.float32) for name in runtime._past}
+    found = runtime._session.run(["logits"], feeds)[0]
+    runtime.close()
+    for row, length in enumerate(lengths):
+        assert relative(found[row, :length], torch_logits(model, TOKENS[:length])) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_compressed_lm_head(precision: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "onnx"
+    model = make_model(source, "llama")
+    checkpoint = compress(source, tmp_path / "low", [["lm_head"]])
+    exported = run_export(source, checkpoint, out, precision)
+    assert check_round_trip(out, exported.tensors) == []
+    dequantised(model, out, checkpoint, source)
+    if precision == "int8":
+        set_accuracy_level(out, 0)
+    runtime = OrtRuntime(out, threads=1)
+    assert relative(runtime.logits(TOKENS), torch_logits(model, TOKENS)) < 1e-4
+    runtime.close()
+
+
 def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "onnx"
     make_model(source, "llama")

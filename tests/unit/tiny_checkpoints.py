@@ -110,7 +110,9 @@ def compress(
     blocks = BLOCKS.get(dense.config["model_type"], "model.layers")
     for layer in range(2):
         for group in groups:
-            members = [f"{blocks}.{layer}.{name}" for name in group]
+            if group == ["lm_head"] and layer:
+                continue
+            members = group if group == ["lm_head"] else [f"{blocks}.{layer}.{n}" for n in group]
             weights = [tensors.pop(f"{member}.weight") for member in members]
             weights = [weight.T if conv else weight for weight in weights]
             u, s, vh = torch.linalg.svd(torch.cat(weights), full_matrices=False)
