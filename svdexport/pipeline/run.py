@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from safetensors.numpy import load_file
+
 from svdexport.core.machine import describe
 from svdexport.core.measures import ArtifactSpeed, GateResult, Measured, Quality, Verdict
+from svdexport.factorize import METHODS
 from svdexport.files import sha256_file
 from svdexport.pipeline.artifacts import Artifact, export_all
 from svdexport.pipeline.job import Job, ModelUnderWork, versions
@@ -173,7 +176,7 @@ def _result(
         threads=job.threads,
         evaluation_text=str(recipe.evaluate.text or "held-out text that the model wrote itself"),
         overrides=invocation.overrides,
-        notes=plan_notes(compressed.plan),
+        notes=(*plan_notes(compressed.plan), *moment_notes(job, compressed)),
     )
 
 
@@ -201,6 +204,20 @@ def _license(folder: Path) -> str:
     head = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
     found = re.search(r"^license:\s*(\S+)\s*$", head, re.MULTILINE)
     return found[1] if found else ""
+
+
+def moment_notes(job: Job, compressed: Compressed) -> tuple[str, ...]:
+    """How many moments cannot have full rank, since calibration has fewer tokens than inputs."""
+    if METHODS[job.recipe.compress.method].needs == "nothing":
+        return ()
+    tokens = load_file(compressed.tokens)["calibration"].size
+    starved = sum(row.shape[1] > tokens for row in compressed.plan)
+    if not starved:
+        return ()
+    return (
+        f"{starved} linears have more inputs than calibration has tokens ({tokens}): their moments "
+        f"are singular and were damped; give more calibration.samples",
+    )
 
 
 def plan_notes(plan: tuple[PlanRow, ...]) -> tuple[str, ...]:

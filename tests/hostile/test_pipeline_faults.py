@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from svdexport.safety import check_file_finite, check_safetensors
 from tests.hostile.forked_runs import Limits, finish, start
 from tests.unit.tiny_checkpoints import make_model
 
@@ -199,3 +201,42 @@ def test_row_15_a_text_shorter_than_one_sequence_is_exit_2(place: Path) -> None:
     assert "short.txt" in err
     assert "shorter than one sequence" in err
     assert not (place / "o").exists()
+
+
+def test_row_10_a_hub_cache_of_links_with_tied_embeddings(
+    place: Path, reference: tuple[dict[str, str], float]
+) -> None:
+    repository = place / "models--a--b"
+    snapshot = repository / "snapshots" / "0123"
+    shutil.copytree(place / "m", snapshot)
+    (repository / "blobs").mkdir()
+    for path in sorted(snapshot.iterdir()):
+        path.rename(repository / "blobs" / f"hash-{path.name}")
+        path.symlink_to(f"../../blobs/hash-{path.name}")
+    code, err = finish(place, [*RUN, "--set", "model.path=models--a--b/snapshots/0123"])
+    assert code == 0, err
+    assert digests(place) == reference[0]
+    (weights,) = (place / "o").rglob("*.safetensors")
+    assert not weights.is_symlink()
+    names = check_safetensors(weights).tensors
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+
+
+def test_row_16_fewer_tokens_than_the_width(place: Path) -> None:
+    few = ["--set", "calibration.samples=1", "--set", "calibration.length=16"]
+    code, err = finish(place, [*RUN, *few])
+    assert code == 0, err
+    (weights,) = (place / "o").rglob("*.safetensors")
+    check_file_finite(check_safetensors(weights))
+    manifest = json.loads((place / "o" / "manifest.json").read_text())
+    assert any("singular and were damped" in note for note in manifest["notes"])
+
+
+def test_nothing_is_unpickled_run_or_fetched(
+    place: Path, reference: tuple[dict[str, str], float]
+) -> None:
+    """Audit events of the interpreter, over all runs of this module so far and one more."""
+    assert finish(place, RUN)[0] == 0
+    assert digests(place) == reference[0]
+    assert not (place / "audit").exists(), (place / "audit").read_text()
