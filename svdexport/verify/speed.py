@@ -43,6 +43,8 @@ MIN_SAMPLE_SECONDS = 0.2
 # Threads of one runtime spin for a while after their work; the next sample must not pay for it.
 SETTLE_SECONDS = 0.03
 DECODE_PROMPT = 32
+# Time after which three rounds, all of them disturbed, end a metric.
+PATIENCE_SECONDS = 30.0
 
 _ORDER: dict[SpeedWord, int] = {"ok": 0, "inconclusive": 1, "slower": 2}
 Progress = Callable[[str, int, int], None]
@@ -141,16 +143,25 @@ def _measure_metric(
         metric.call(runtime)
         metric.call(runtime)
     rounds: list[list[Sample]] = []
-    limit = 2 * settings.rounds
-    while len(rounds) < limit:
+    start = time.monotonic()
+    while len(rounds) < 2 * settings.rounds:
         if progress is not None:
             progress(metric.name, len(rounds), max(settings.rounds, len(rounds) + 1))
         rounds.append([_sample(runtime, metric, settings.threads) for runtime in runtimes])
-        quiet = sum(not any(s.disturbed for s in r) for r in rounds)
-        hopeless = len(rounds) - quiet > MAX_DISTURBED * limit
-        if len(rounds) >= settings.rounds and (quiet >= settings.rounds or hopeless):
+        if _enough(rounds, settings.rounds, time.monotonic() - start):
             break
     return [_timing(index, metric, rounds, settings.seed) for index in range(len(runtimes))]
+
+
+def _enough(rounds: list[list[Sample]], wanted: int, seconds: float) -> bool:
+    """Whether enough rounds were quiet, or so many were not that more cannot help. Noise can make
+    a call a hundred times slower: then a few rounds that are all disturbed have to do."""
+    disturbed = sum(any(s.disturbed for s in r) for r in rounds)
+    if len(rounds) - disturbed >= wanted:
+        return True
+    if seconds > PATIENCE_SECONDS and len(rounds) >= 3 and disturbed == len(rounds):
+        return True
+    return disturbed > MAX_DISTURBED * 2 * wanted
 
 
 def _sample(runtime: Runtime, metric: _Metric, threads: int) -> Sample:
