@@ -3,7 +3,7 @@
 An ordinary Hugging Face folder. ``config.json`` carries ``quantization_config`` with
 ``quant_method: svdexport`` and, per compressed linear, its rank and the name of the linear that
 holds the (possibly shared) first factor. Tensors: ``<leader>.lr_a.weight`` (k, n),
-``<member>.lr_b.weight`` (m, k), ``<member>.bias``. A dense folder opens the same way, with no pairs.
+``<member>.lr_b.weight`` (m, k), ``<member>.bias``. A dense folder opens the same way.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The best low-rank pair of a linear layer, or of stacked layers with one input, at every rank.
 
 Minimises ||G^1/2 (W - B A) H^1/2||_F with H the second moment of the inputs and G that of the
-output gradients (the Kronecker-factored Fisher; G = I gives SVD-LLM's truncation-aware whitening, Wang et
-al., ICLR 2025, arXiv 2403.07378; H = I too gives the plain SVD, Eckart and Young, 1936).
+output gradients (the Kronecker-factored Fisher; G = I gives SVD-LLM's truncation-aware whitening,
+Wang et al., ICLR 2025, arXiv 2403.07378; H = I too gives the plain SVD, Eckart and Young, 1936).
 One symmetric eigenproblem of the smaller side and one Cholesky factor of that side; no inverse of
 H where the outputs are fewer, none of G where the inputs are.
 """

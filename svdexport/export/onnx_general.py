@@ -25,7 +25,7 @@ def build_general(plan: BuildPlan, data: DataWriter, config: Any) -> tuple[ir.Mo
     Raises InputError where torch.onnx cannot trace it, or where a linear does not come out as one
     product with its weight.
     """
-    model = traced_model(config, plan.checkpoint)
+    model: Any = traced_model(config, plan.checkpoint)
     heads, width, layers = cache_shape(config)
     embedding = next(
         (f"{n}.weight" for n, m in model.named_modules() if m is model.get_input_embeddings()), ""

@@ -63,7 +63,7 @@ class DataWriter:
         align = _PAGE if array.nbytes >= _LARGE_BYTES else _SMALL
         self._file.write(b"\0" * (-self._file.tell() % align))
         offset = self._file.tell()
-        data = memoryview(array.reshape(-1).view(np.uint8))
+        data = memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         self._file.write(data)
         self.records[name] = TensorRecord.of(array.shape, dtype.name, data)
         return ir.ExternalTensor(

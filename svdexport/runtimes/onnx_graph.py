@@ -70,11 +70,11 @@ class OnnxGraph:
 
         tensor = self.initializers[name]
         if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
-            return (math.prod(tensor.dims) + 1) // 2
+            return (int(math.prod(tensor.dims)) + 1) // 2
         if tensor.data_type == onnx.TensorProto.STRING:
             return sum(len(text) for text in tensor.string_data)
         kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        return math.prod(tensor.dims) * kind.itemsize
+        return int(math.prod(tensor.dims)) * kind.itemsize
 
     def products(self) -> list[Product]:
         """Every MatMul, Gemm, FusedMatMul or MatMulNBits with a constant weight, in order."""
@@ -123,7 +123,7 @@ class OnnxGraph:
         node = self.producers.get(value)
         if node is None or node.op_type not in _PASS:
             return False
-        return (node.op_type == "Transpose") ^ self._is_transposed(node.input[0])
+        return bool(node.op_type == "Transpose") ^ self._is_transposed(node.input[0])
 
 
 def layer_of(name: str) -> tuple[int | None, str]:

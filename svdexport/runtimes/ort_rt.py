@@ -86,8 +86,10 @@ class OrtRuntime:
         self._tokenizer: Any = None
         self._session: Any = None
         self._cache: dict[str, Any] = {}
+        self.file: Path | None = None
         self._open(self._last)
-        width = self._session.get_outputs()[0].shape[-1]
+        session: Any = self._session
+        width = session.get_outputs()[0].shape[-1]
         self.vocab_size = int(width) if isinstance(width, int) else _config_vocab(self._folder)
         self._reset(0)
 

@@ -33,7 +33,9 @@ class SmallRuntime:
         self.threads = threads
         rng = torch.Generator().manual_seed(seed)
         self.embed = torch.randn(vocab, width, generator=rng)
-        self.weights = [torch.randn(width, width, generator=rng) / width**0.5 for _ in range(layers)]
+        self.weights = [
+            torch.randn(width, width, generator=rng) / width**0.5 for _ in range(layers)
+        ]
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         if rank is not None:
             self.pairs = []
