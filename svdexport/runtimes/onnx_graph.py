@@ -74,7 +74,7 @@ class OnnxGraph:
         if tensor.data_type == onnx.TensorProto.STRING:
             return sum(len(text) for text in tensor.string_data)
         kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        return int(math.prod(tensor.dims)) * kind.itemsize
+        return int(math.prod(tensor.dims) * kind.itemsize)
 
     def products(self) -> list[Product]:
         """Every MatMul, Gemm, FusedMatMul or MatMulNBits with a constant weight, in order."""
