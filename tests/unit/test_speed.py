@@ -157,9 +157,28 @@ def test_a_disturbed_round_is_left_out_of_the_ratio(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "seconds", "enough"),
+    [
+        ("." * 9, 1.0, True),
+        ("." * 8, 1000.0, False),
+        ("x" * 6, 1.0, False),
+        ("x" * 7, 1.0, True),
+        (".xxx....x....", 1.0, True),
+        (".xxx....x...", 1.0, False),
+        ("xxx", 29.0, False),
+        ("xxx", 31.0, True),
+        ("xx.", 31.0, False),
+    ],
+)
+def test_when_rounds_end(pattern: str, seconds: float, enough: bool) -> None:
+    rounds = [[Sample(1, 1, 1, 0, 0, 0, 0, mark == "x")] for mark in pattern]
+    assert speed._enough(rounds, 9, seconds) is enough
+
+
+@pytest.mark.parametrize(
     "change",
     [
-        {"rounds": 8},
+        {"rounds": 0},
         {"threads": 0},
         {"prefill": ()},
         {"prefill": (0,)},
