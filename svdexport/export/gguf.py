@@ -10,6 +10,7 @@ from __future__ import annotations
 from svdexport.errors import InputError
 from svdexport.export import gguf_stock
 from svdexport.export.base import Exported, ExportRequest
+from svdexport.export.gguf_importance import read_importance
 from svdexport.export.gguf_layout import Layout, LayoutBuilder
 from svdexport.export.gguf_plan import changed_tensors, make_plan
 from svdexport.export.gguf_read import check_round_trip, read_back
@@ -47,7 +48,8 @@ def export(request: ExportRequest) -> Exported:
     elif spec.form == LORA_FORM:
         changed |= gguf_stock.remainders(request.checkpoint, places, base)
     kept = places if spec.form == "pairs" else []
-    layout = LayoutBuilder(base, request.checkpoint, types, kept, changed).build()
+    importance = read_importance(request.work if spec.importance else None, plan.matches)
+    layout = LayoutBuilder(base, request.checkpoint, types, kept, changed, importance).build()
     form = spec.form if places else "pairs"
     metadata = merged_metadata(base, spec.type, form, layout if kept else None)
     records = write(out, metadata, layout.tensors, base.alignment)

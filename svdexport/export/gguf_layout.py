@@ -17,6 +17,7 @@ import numpy as np
 from svdexport.checkpoint import Checkpoint
 from svdexport.core.lowrank import FactorPair
 from svdexport.errors import InputError
+from svdexport.export.gguf_importance import Importance
 from svdexport.export.gguf_match import Match
 from svdexport.export.gguf_types import FLOATS, NOT_QUANTISED, Types, held
 from svdexport.export.gguf_write import Planned
@@ -114,6 +115,7 @@ class LayoutBuilder:
         types: Types,
         places: list[PairPlace],
         changed: dict[str, Callable[[], np.ndarray]],
+        importance: Importance,
     ) -> None:
         self._base = base
         self._checkpoint = checkpoint
@@ -122,6 +124,7 @@ class LayoutBuilder:
         for place in places:
             self._places.setdefault(place.match.tensor, []).append(place)
         self._changed = changed
+        self._importance = importance
         self._layout = Layout()
         self._fallbacks: Counter[tuple[str, str, str]] = Counter()
         self._extra_bytes: Counter[tuple[str, str, str]] = Counter()
@@ -165,6 +168,7 @@ class LayoutBuilder:
                 lambda: np.concatenate(
                     [floats(checkpoint, f"{p.leader}.lr_a.weight") for p in places]
                 ),
+                None if stack else self._importance.of_first(place.leader),
             )
         self._add(
             place.b,
@@ -173,6 +177,7 @@ class LayoutBuilder:
             lambda: np.concatenate(
                 [p.match.to_file(floats(checkpoint, f"{p.linear}.lr_b.weight")) for p in places]
             ),
+            None if stack else self._importance.of_second(place.leader, rank),
         )
 
     def _pair(self, place: PairPlace) -> FactorPair:
@@ -181,23 +186,29 @@ class LayoutBuilder:
     def _add_dense(self, name: str) -> None:
         info = self._base.tensors[name]
         base, asked = self._base, self._types.dense(name, info)
+        weights = self._importance.of_tensor(name)
         if changed := self._changed.get(name):
-            self._add(name, info.ne, asked, changed)
+            self._add(name, info.ne, asked, changed, weights)
         elif held(asked, info.ne[0]) == info.type or len(info.ne) < 2:
             self._layout.tensors.append(Planned(name, info.ne, info.type, lambda: base.raw(name)))
         else:
             if info.type not in FLOATS:
                 self._requantised[info.type, held(asked, info.ne[0])] += 1
-            self._add(name, info.ne, asked, lambda: base.rows(name))
+            self._add(name, info.ne, asked, lambda: base.rows(name), weights)
 
     def _add(
-        self, name: str, ne: tuple[int, ...], asked: str, values: Callable[[], np.ndarray]
+        self,
+        name: str,
+        ne: tuple[int, ...],
+        asked: str,
+        values: Callable[[], np.ndarray],
+        importance: np.ndarray | None = None,
     ) -> None:
         if name in self._done:
             return
         self._done.add(name)
         type_name = held(asked, ne[0])
-        planned = Planned(name, ne, type_name, values)
+        planned = Planned(name, ne, type_name, values, importance)
         if type_name != asked:
             key = (asked, type_name, re.sub(r"\d+", "N", name))
             self._fallbacks[key] += 1

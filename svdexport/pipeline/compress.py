@@ -69,6 +69,7 @@ def factorize_blocks(
             found = method.factorize(data)
             errors = relative_errors(data.weights, found, data.inputs)
             tensors |= _pack(group.leader, found, errors)
+            tensors |= _importance(group, found, moments)
         _save(tensors, factors_file(folder, moments.block))
 
 
@@ -117,6 +118,33 @@ def _pack(leader: str, found: Decomposition, errors: Tensor) -> dict[str, Tensor
         f"{leader}.errors": errors,
         f"{leader}.damping": torch.tensor(found.damping, dtype=torch.float64),
     }
+
+
+def _importance(
+    group: InputGroup, found: Decomposition, moments: BlockMoments
+) -> dict[str, Tensor]:
+    """Mean squares of the input channels (n_in,) and of A x (k,), for quantisers; or nothing."""
+    moment = moments.inputs.get(group.leader)
+    if moment is None:
+        return {}
+    h = moment.matrix / max(1, moment.rows)
+    inputs = h.diagonal().float().contiguous()
+    a = found.a.to(h.dtype)
+    rank = ((a @ h) * a).sum(dim=1).float()
+    return {f"{m.name}.inputs": inputs.clone() for m in group.members} | {
+        f"{group.leader}.rank": rank
+    }
+
+
+def importance(structure: Structure, folder: Path) -> dict[str, Tensor]:
+    """What ``_importance`` left in the factor files, of all blocks."""
+    found: dict[str, Tensor] = {}
+    for block in range(len(structure.blocks)):
+        path = factors_file(folder, block)
+        if path.exists():
+            tensors = load_file(path)
+            found |= {k: v for k, v in tensors.items() if k.endswith((".inputs", ".rank"))}
+    return found
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -17,6 +17,8 @@ from svdexport.pipeline import compress
 from svdexport.pipeline.job import Job, ModelUnderWork, key, source_key
 from svdexport.report.result import PlanRow
 
+IMPORTANCE = "importance.safetensors"  # beside the base GGUF: weights for ggml's quantisers
+
 
 @dataclass(frozen=True)
 class Compressed:
@@ -52,7 +54,7 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
     job.stage(
         "checkpoint",
         checkpoint_key,
-        [plan_file, checkpoint],
+        [plan_file, checkpoint, job.work / "base" / IMPORTANCE],
         lambda: _assemble(job, model, factors, plan_file, checkpoint),
     )
     rows = TypeAdapter(tuple[PlanRow, ...]).validate_python(json.loads(plan_file.read_text()))
@@ -98,5 +100,7 @@ def _assemble(
     tensors = assembled(model.checkpoint, low_rank, compress.pair_tensors(plan, factors))
     write_checkpoint(checkpoint, model.source.folder, config, tensors)
     compress.save_plan(plan, plan_file)
+    (job.work / "base").mkdir(exist_ok=True)
+    save_file(compress.importance(model.structure, factors), job.work / "base" / IMPORTANCE)
     for line in compress.strategy(plan):
         job.reporter.note(line)

@@ -180,7 +180,8 @@ class GgufExport(_Section):
     llama.cpp's own quantiser gives them (a tied embedding counts as the head). ``form``: ``pairs``
     needs the llama.cpp that svdexport builds; ``stock`` writes the reconstructed dense weights,
     and ``stock_lora`` the quantised remainder W - B A with the pairs as a LoRA adapter in a
-    second file, both for an unchanged llama.cpp.
+    second file, both for an unchanged llama.cpp. ``importance``: weight the quantisation error of
+    each input channel by its mean square in the calibration, for the types that take weights.
     """
 
     format: Literal["gguf"] = "gguf"
@@ -190,6 +191,7 @@ class GgufExport(_Section):
     embedding_type: GgufType | None = None
     head_type: GgufType | None = None
     form: Literal["pairs", "stock", "stock_lora"] = "pairs"
+    importance: bool = True
 
     @property
     def label(self) -> str:
@@ -202,7 +204,8 @@ class GgufExport(_Section):
         }
         given = [f"-{key}-{value}" for key, value in parts.items() if value is not None]
         form = "" if self.form == "pairs" else f"-{self.form.replace('_', '-')}"
-        return f"{self.type}{''.join(given)}{form}"
+        plain = "" if self.importance else "-plain"
+        return f"{self.type}{''.join(given)}{form}{plain}"
 
 
 class OnnxExport(_Section):

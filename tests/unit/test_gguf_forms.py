@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from svdexport.checkpoint import Checkpoint
 from svdexport.export import gguf
 from svdexport.export.gguf_types import FILE_TYPES
+from svdexport.runtimes.ggml import quantize
 from svdexport.runtimes.gguf_file import GgufFile
 from svdexport.runtimes.inspect_gguf import inspect
 from svdexport.runtimes.llama_cpp_rt import LlamaCppRuntime
@@ -119,6 +122,39 @@ def test_stock_lora_form_adds_the_pairs_to_the_remainder(
     error = relative(logits_of(made.path), expected)
     # the pairs hold most of W, so quantising the remainder costs less than quantising W
     assert error < (5e-3 if type_name == "F32" else relative(logits_of(plain.path), expected))
+
+
+def test_importance_goes_to_a_b_and_dense_tensors(
+    model: tuple[Path, Path, np.ndarray], tmp_path: Path
+) -> None:
+    """Each tensor's bytes are the quantiser's for the weights of its own input channels."""
+    source = tmp_path / "source"
+    shutil.copytree(model[0], source)
+    checkpoint, _ = compress(source, tmp_path / "small", rank=256, only="mlp")
+    mlp, attention = "model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.v_proj"
+    rng = np.random.default_rng(1)
+    weights = {
+        f"{mlp}.inputs": rng.exponential(1, WIDTH).astype(np.float32),
+        f"{mlp}.rank": rng.exponential(1, 300).astype(np.float32),
+        f"{attention}.inputs": rng.exponential(1, WIDTH).astype(np.float32),
+    }
+    work_of(source).mkdir()
+    save_file(weights, work_of(source) / "importance.safetensors")
+    aware = GgufFile(export(checkpoint, source, tmp_path / "aware.gguf", type="Q4_K").path)
+    plain = export(checkpoint, source, tmp_path / "plain.gguf", type="Q4_K", importance=False)
+    opened = Checkpoint.open(checkpoint)
+    places = {
+        "blk.0.ffn_gate_up.lr_a": (f"{mlp}.lr_a.weight", f"{mlp}.inputs"),
+        "blk.0.ffn_gate.lr_b": (f"{mlp}.lr_b.weight", f"{mlp}.rank"),
+        "blk.0.attn_v": (f"{attention}.weight", f"{attention}.inputs"),
+    }
+    for stem, (name, key) in places.items():
+        given = weights[key] / weights[key].mean()
+        expected = quantize(opened.tensor(name).numpy(), "Q4_K", np.maximum(given[:256], 1e-4))
+        assert np.array_equal(aware.raw(f"{stem}.weight"), expected), stem
+        unaware = GgufFile(plain.path).raw(f"{stem}.weight")
+        assert np.array_equal(unaware, quantize(opened.tensor(name).numpy(), "Q4_K")), stem
+    assert plain.type == "Q4_K-plain"
 
 
 @pytest.mark.parametrize("given", ["F16", "Q8_0", "Q4_K"])
