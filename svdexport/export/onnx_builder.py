@@ -7,8 +7,8 @@ on the meta device) and the projections come from the checkpoint, one at a time,
 from __future__ import annotations
 
 import contextlib
+import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,10 @@ def build(
 ) -> tuple[ir.Model, dict[str, Any], Emission]:
     """Emit the graph; returns it, the contents of genai_config.json and what was emitted.
 
-    The builder prints as it goes; that goes to stderr, since stdout may carry JSON.
+    The builder prints every layer as it goes; progress is ours to show, so that is dropped.
     """
     model = shell(config, plan.checkpoint)
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(io.StringIO()):
         maker = _builder_class(config.architectures[0])(config, model, plan, data, out)
         maker.make_model(str(plan.source))
         maker.make_genai_config(config, {}, str(out))
