@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 from svdexport.errors import InputError, MissingExtraError
 from svdexport.models.blocks import Structure, discover
 from svdexport.recipe import Model
+from svdexport.runtimes.torch_rt import quiet_transformers
 from svdexport.safety.gguf_header import check_gguf
 from svdexport.safety.model_folder import check_model_folder
 
@@ -129,22 +127,6 @@ def both_rope_forms(config: dict[str, Any]) -> dict[str, Any]:
     elif "torch_dtype" in config:
         config["dtype"] = config["torch_dtype"]
     return config
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and advice from transformers: stdout and stderr are ours."""
-    from transformers.utils import logging as hf_logging
-
-    shown, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if shown:
-            hf_logging.enable_progress_bar()
 
 
 def load_model(folder: Path, trust_remote_code: bool = False) -> Any:
