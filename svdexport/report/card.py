@@ -149,10 +149,10 @@ def _conditions(result: RunResult) -> str:
     if first is not None:
         parts.append(
             f"Quality on {first.windows} windows of {first.context} tokens "
-            f"({markdown.escape(result.evaluation_text)}); KLD and same top token against the "
+            f"({markdown.escape(figures.text_name(result))}); KLD and same top token against the "
             "original model in float32; ± is the standard error over windows."
         )
-    if any(a.speed is not None for a in result.artifacts):
+    if figures.timed(result):
         parts.append(
             f"Speed with {result.threads} threads on {markdown.escape(str(cpu))}: prefill of the "
             "longest prompt, decode one token at a time, speedup against the dense twin of the "

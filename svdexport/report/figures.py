@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from svdexport.core.measures import GateResult, Quality, Speedup
-from svdexport.report.result import ArtifactResult, PlanRow, RunResult
+from svdexport.report.result import ArtifactResult, PlanRow, RunResult, file_name
 
 NONE = "–"
 ROLES = {"compressed": "low rank", "dense": "dense", "plain": "plainly quantised"}
@@ -174,3 +174,28 @@ def kept_ratio(result: RunResult) -> float | None:
     """Parameters that are left of the planned linears, as a share; None without a plan."""
     dense = sum(row.params_dense for row in result.plan)
     return sum(row.params for row in result.plan) / dense if dense else None
+
+
+def text_name(result: RunResult) -> str:
+    """What quality was measured on; a file by its name alone, its folder is the user's own."""
+    if result.recipe.get("evaluate", {}).get("text"):
+        return file_name(result.evaluation_text)
+    return result.evaluation_text
+
+
+def machine(result: RunResult) -> str:
+    """Processor, cores and memory in a sentence."""
+    facts = dict(result.machine)
+    parts = [str(facts.get("cpu", "unknown processor"))]
+    if "cores" in facts:
+        parts.append(f"{facts['cores']} cores")
+    if "memory_bytes" in facts:
+        parts.append(f"{float(facts['memory_bytes']) / 1e9:.0f} GB of memory")
+    if "system" in facts:
+        parts.append(str(facts["system"]))
+    return ", ".join(parts)
+
+
+def timed(result: RunResult) -> bool:
+    """Whether any artifact's speed was measured."""
+    return any(artifact.speed is not None for artifact in result.artifacts)

@@ -143,6 +143,18 @@ def test_page_shows_the_verdict_first_and_every_figure() -> None:
     assert "Paris, a city on the Seine." in body and result.recipe_sha256 in body
 
 
+def test_page_keeps_the_users_folders_and_unmeasured_speed_to_itself() -> None:
+    recipe = dict(example_result().recipe) | {"evaluate": {"text": "/home/me/secret/wiki.txt"}}
+    place = "/home/me/secret/wiki.txt"
+    result = dataclasses.replace(bare(), recipe=recipe, evaluation_text=place)
+    for text in (html.render(result), card.render(result)):
+        assert "/home/me" not in text
+    text = "".join(Page(html.render(result)).texts)
+    assert "divergence on wiki.txt" in text and "Speed with" not in text
+    assert "x86-64, 2 cores, 26 GB of memory" in text
+    assert "Speed with 2 threads" in "".join(Page(html.render(example_result())).texts)
+
+
 def test_charts_are_well_formed_and_inside_of_their_frame() -> None:
     text = html.render(example_result())
     pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
