@@ -26,7 +26,8 @@ WIDTH = 256  # rows that every type can hold
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, np.ndarray]:
     """Source, checkpoint with pairs of rank 256, logits of the torch model with B A."""
     root = tmp_path_factory.mktemp("wide")
-    source = make_model(root / "source", "Llama", hidden_size=WIDTH, intermediate_size=512)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 512, "num_key_value_heads": 4}
+    source = make_model(root / "source", "Llama", **sizes)  # q, k, v wide enough to share an A
     checkpoint, reference = compress(source, root / "small", rank=256)
     return source, checkpoint, torch_logits(reference, TOKENS)
 
@@ -72,6 +73,7 @@ def test_each_part_gets_its_own_type(model: tuple[Path, Path, np.ndarray], tmp_p
     )
     types = {name: record.type for name, record in made.tensors.items()}
     assert types["blk.0.attn_qkv.lr_a.weight"] == "Q8_0"
+    assert types["blk.0.ffn_gate_up.lr_a.weight"] == "Q8_0"
     assert types["blk.1.ffn_down.lr_b.weight"] == "Q6_K"
     assert (types["token_embd.weight"], types["output.weight"]) == ("F16", "Q5_K")
     assert made.type == "Q4_0-a-Q8_0-b-Q6_K-embedding-F16-head-Q5_K"
