@@ -226,7 +226,8 @@ def holds_pairs(path: Path) -> bool:
 
 def _quiet(lib: Any) -> None:
     """Keep llama.cpp's log off the terminal; warnings and errors are kept for messages."""
-    if "callback" in _state:
+    if "callback" in _state:  # set again: other code of this process may have set its own
+        lib.llama_log_set(_state["callback"], None)
         return
 
     def keep(level: int, text: bytes, _user: object) -> None:

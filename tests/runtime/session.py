@@ -59,6 +59,7 @@ class Session:
         threads: int = 1,
     ) -> None:
         _log.clear()
+        llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))  # others in this process set theirs
         self.operations: dict[str, int] = {}
         self._model = self._context = None
         model_params = llama_cpp.llama_model_default_params()
