@@ -9,7 +9,7 @@ holds the (possibly shared) first factor. Tensors: ``<leader>.lr_a.weight`` (k, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,12 @@ class Checkpoint:
     def iter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.names():
             yield name, self.tensor(name)
+
+
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a model without a language-model head, such as BertModel."""
+    name = str((config.get("architectures") or [""])[0])
+    return name.endswith("Model") and not name.endswith("LMHeadModel")
 
 
 def low_rank_config(low_rank: dict[str, PairSpec]) -> dict[str, Any]:

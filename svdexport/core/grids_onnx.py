@@ -174,6 +174,20 @@ def unpack(packed: PackedNBits, columns: int, grid: NBitsGrid) -> NBitsTensor:
     return NBitsTensor(codes, packed.scales, zeros, columns, grid)
 
 
+def signed(tensor: NBitsTensor) -> tuple[np.ndarray, np.ndarray]:
+    """What DequantizeLinear (ONNX, opset 21) takes on axis 0, of a weight on a symmetric grid.
+
+    Returns: codes, int8 (columns, rows), between -2**(bits - 1) and 2**(bits - 1) - 1; and scales,
+    float32 (blocks, rows). The last block of a column may be shorter than the others.
+    Raises ValueError for an asymmetric grid.
+    """
+    if not tensor.grid.symmetric:
+        raise ValueError("only symmetric grids have signed codes")
+    rows = tensor.codes.shape[0]
+    flat = tensor.codes.reshape(rows, -1)[:, : tensor.columns].astype(np.int16) - tensor.grid.zero
+    return np.ascontiguousarray(flat.T.astype(np.int8)), np.ascontiguousarray(tensor.scales.T)
+
+
 def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes (..., n) of ``bits`` bits each into bytes (..., ceil(n * bits / 8)), low bits first."""
     per_byte = 8 // bits

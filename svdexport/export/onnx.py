@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from svdexport.checkpoint import Checkpoint
+from svdexport.checkpoint import Checkpoint, is_encoder
 from svdexport.core.grids_onnx import NBitsGrid
 from svdexport.errors import ArtifactError, MissingExtraError
 from svdexport.export.base import Exported, ExportRequest, TensorRecord
@@ -29,13 +29,22 @@ DATA_FILE = "model.onnx.data"
 TRANSPOSED_KEY = "svdexport.transposed"
 """Model metadata: dense tensors that the checkpoint stores as (inputs, outputs), as GPT-2 does."""
 
+_READERS = (
+    *("MatMul", "MatMulNBits", "FusedMatMul", "DequantizeLinear"),
+    *("Gather", "GatherBlockQuantized"),
+)
+"""Operators that read a weight."""
+
+_CODES = (2, 3, 22, 26)
+"""TensorProto's UINT8, INT8, INT4 and INT2."""
+
 MAX_IR_VERSION = 13
 MAX_OPSET = 26
 """What onnxruntime 1.31 loads."""
 
-_BITS = {"fp32": None, "int8": 8, "int4": 4}
-_HEAD_BITS = {"fp32": None, "int8": 8, "int4": 8}
-"""A 4-bit export keeps the LM head, the most sensitive, at 8 bits; llama.cpp keeps it at 6."""
+_BITS = {"fp32": None, "fp16": None, "int8": 8, "int4": 4, "int2": 2}
+_HEAD_BITS = {"fp32": None, "fp16": None, "int8": 8, "int4": 8, "int2": 8}
+"""Of fewer bits the LM head, the most sensitive, keeps 8; llama.cpp keeps it at 6."""
 
 
 def export(request: ExportRequest) -> Exported:
@@ -58,9 +67,13 @@ def export(request: ExportRequest) -> Exported:
         request.source,
         _grid(_BITS[spec.precision], spec.block_size),
         _grid(_HEAD_BITS[spec.precision], spec.block_size),
+        half=spec.precision == "fp16",
+        standard=spec.operators == "standard",
     )
     every, genai, emission, records, reason = _build(plan, request.out)
-    files = {MODEL_FILE: every, LAST_FILE: last_position_graph(every)}
+    files = {MODEL_FILE: every}
+    if genai is not None:
+        files[LAST_FILE] = last_position_graph(every)
     for name, proto in files.items():
         (request.out / name).write_bytes(proto.SerializeToString(deterministic=True))
     write_side_files(request.source, request.out, genai, LAST_FILE)
@@ -71,18 +84,25 @@ def export(request: ExportRequest) -> Exported:
 
 def _build(
     plan: Any, out: Path
-) -> tuple[Any, dict[str, Any], Any, dict[str, TensorRecord], str | None]:
-    """(graph, genai_config.json, what was emitted, records, why not by the builder)."""
+) -> tuple[Any, dict[str, Any] | None, Any, dict[str, TensorRecord], str | None]:
+    """(graph, genai_config.json, what was emitted, records, why not by the builder).
+
+    Encoders have no genai_config.json.
+    """
     import onnx_ir as ir
 
     from svdexport.export.onnx_builder import build, load_config, why_not
+    from svdexport.export.onnx_encoder import build_encoder
     from svdexport.export.onnx_general import build_general, genai_settings
     from svdexport.export.onnx_pack import DataWriter
 
     config = load_config(plan.source)
-    reason = why_not(config)
+    reason = "standard operators were asked for" if plan.standard else why_not(config)
+    genai: dict[str, Any] | None = None
     with DataWriter(out, DATA_FILE) as data:
-        if reason is None:
+        if is_encoder(plan.checkpoint.config):
+            model, emission = build_encoder(plan, data, config)
+        elif reason is None:
             model, genai, emission = build(plan, data, config, out)
         else:
             model, emission = build_general(plan, data, config)
@@ -102,15 +122,18 @@ def _notes(emission: Any, plan: Any, reason: str | None) -> Iterator[str]:
         yield f"graph by torch.onnx, with standard attention operators: {reason}"
     else:
         yield "attention is GroupQueryAttention: pad the prompts of a batch on the right"
+    if plan.half:
+        yield "weights, activations and logits are float16, for WebGPU; a CPU gains no speed"
     if plan.grid is not None:
+        how = "DequantizeLinear and MatMul" if plan.standard else "MatMulNBits, accuracy level 4"
         yield (
             f"linears: {plan.grid.bits} bits, blocks of {plan.grid.block_size}, symmetric, rounded "
-            "to nearest (MatMulNBits, accuracy level 4: activations in int8)"
+            f"to nearest ({how}; onnxruntime then rounds activations to int8)"
         )
-        yield f"LM head: {plan.head_grid.bits} bits"
+        yield f"LM head or embedding without one: {plan.head_grid.bits} bits"
     if emission.shared_embedding:
         yield "embedding and LM head are tied and stored once"
-    else:
+    elif not any("embedding" in name for name in emission.grids):
         yield "embedding: not quantised"
     padded = sorted(
         name
@@ -147,10 +170,10 @@ def read_back(
     seen: set[str] = set()
     for node in model.graph.node:
         for name in node.input:
-            if name not in rows or name in seen:
+            if name not in rows or name in seen or node.op_type not in _READERS:
                 continue
-            if node.op_type not in ("MatMul", "MatMulNBits", "FusedMatMul", "Gather"):
-                continue
+            if node.op_type == "Gather" and tensors[name].data_type in _CODES:
+                continue  # codes that are also the LM head's, whose node knows their scales
             seen.add(name)
             values = _node_weight(node, tensors, path)
             start = 0
@@ -175,13 +198,22 @@ def _node_weight(node: Any, tensors: Mapping[str, Any], folder: Path) -> np.ndar
     def array(name: str) -> np.ndarray:
         return np.asarray(numpy_helper.to_array(tensors[name], base_dir=str(folder)))
 
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
     if node.op_type == "Gather":
-        return array(node.input[0]).astype(np.float32)
+        values = array(node.input[0]).astype(np.float32)
+        return values.T if attributes.get("axis") else values
     if node.op_type == "FusedMatMul":
         return array(node.input[1])
     if node.op_type == "MatMul":
-        return array(node.input[1]).T
-    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        return array(node.input[1]).T.astype(np.float32)
+    if node.op_type == "GatherBlockQuantized":
+        codes = array(node.input[0]).astype(np.float32) - (1 << (attributes["bits"] - 1))
+        scales = np.repeat(array(node.input[2]), attributes["block_size"], axis=1)
+        return np.ascontiguousarray(codes * scales[:, : codes.shape[1]])
+    if node.op_type == "DequantizeLinear":  # axis 0 of (inputs, outputs), no zero points
+        codes = array(node.input[0]).astype(np.float32)
+        scales = np.repeat(array(node.input[1]), attributes["block_size"], axis=0)
+        return np.ascontiguousarray((codes * scales[: codes.shape[0]]).T)
     bits, columns = attributes["bits"], attributes["K"]
     packed, scales = array(node.input[1]), array(node.input[2])
     expanded = np.unpackbits(packed, axis=-1, bitorder="little")
@@ -203,8 +235,10 @@ def check_round_trip(path: Path, tensors: Mapping[str, TensorRecord]) -> list[st
     import onnx
 
     model = onnx.load(str(path / MODEL_FILE), load_external_data=False)
-    last = onnx.load(str(path / LAST_FILE), load_external_data=False)
-    problems = differences(model, last)
+    problems: list[str] = []
+    if any(output.name == "logits" for output in model.graph.output):
+        last = onnx.load(str(path / LAST_FILE), load_external_data=False)
+        problems += differences(model, last)
     if model.ir_version > MAX_IR_VERSION:
         problems.append(f"IR version {model.ir_version} is above {MAX_IR_VERSION}")
     for opset in model.opset_import:

@@ -14,7 +14,7 @@ import torch
 from svdexport.checkpoint import Checkpoint
 from svdexport.core.grids_onnx import NBitsGrid
 from svdexport.errors import InputError
-from svdexport.export.onnx_pack import DataWriter, packed_initializers
+from svdexport.export.onnx_pack import DataWriter, packed_initializers, to_half
 
 ACCURACY_LEVEL = 4
 """MatMulNBits multiplies in int8; level 0 is 3 to 28 times slower than fp32 at 8 and 2 bits."""
@@ -35,12 +35,16 @@ class BuildPlan:
         source: Hugging Face folder of the original model: config and tokenizer.
         grid: grid of the linears; None for float32.
         head_grid: grid of the LM head; None for float32.
+        half: everything in float16, logits and cache too, for WebGPU; the grids are then None.
+        standard: ONNX's own operators alone.
     """
 
     checkpoint: Checkpoint
     source: Path
     grid: NBitsGrid | None
     head_grid: NBitsGrid | None
+    half: bool = False
+    standard: bool = False
 
 
 @dataclass
@@ -88,8 +92,12 @@ class PairEmitter:
         self._names = {id(module): name for name, module in linears}
         self._outputs: dict[tuple[str, str], str] = {}
         options = {"hf_token": None, "fuse_qkv": True, "windowed_kv_cache": False}
+        options["fuse_qk_norm_gqa"] = False  # the CPU, where files are checked, cannot
+        dtype, provider = (
+            (ir.DataType.FLOAT16, "webgpu") if plan.half else (ir.DataType.FLOAT, "cpu")
+        )
         parent: Any = super()
-        parent.__init__(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(out), options)
+        parent.__init__(config, dtype, dtype, provider, str(out), options)
 
     # Weights
 
@@ -184,7 +192,8 @@ class PairEmitter:
             self._tied_head_node(node, root_input, output)
         else:
             name = f"{_dotted(node)}.weight"
-            self.add_array(name, np.ascontiguousarray(weight.T))
+            array = np.ascontiguousarray(weight.T)
+            self.add_array(name, to_half(array, tensors[0]) if self.plan.half else array)
             self.emission.rows[name] = rows
             self.make_node("MatMul", inputs=[root_input, name], outputs=[output], name=node)
         shape = self.make_hidden_state_shape(
@@ -252,6 +261,8 @@ class PairEmitter:
         if self.emission.shared_embedding and grid is not None:
             return self._quantized_gather(embedding, rows, grid, basename)
         array = embedding.detach().numpy()
+        if self.plan.half:
+            return self._half_lookup(array, rows, basename)
         half = array.astype(np.float16)
         exact = bool((half.astype(np.float32) == array).all())
         keep_float = self.emission.shared_embedding or not exact
@@ -273,7 +284,42 @@ class PairEmitter:
         )
         return f"{cast}/output_0"
 
+    def _half_lookup(self, array: np.ndarray, rows: list[Row], basename: str) -> str:
+        """Embedding in float16. A tied one is stored as the head multiplies with it, (width,
+        vocabulary), and looked up by columns: WebGPU has no FusedMatMul.
+        """
+        name, tied = rows[0][0], self.emission.shared_embedding
+        array = to_half(array, name)
+        self.add_array(name, np.ascontiguousarray(array.T) if tied else array)
+        self.emission.rows[name] = rows
+        gathered = f"{basename}/Gather/output_0"
+        self.make_node(
+            "Gather",
+            inputs=[name, self.input_names["input_ids"]],
+            outputs=[gathered],
+            name=f"{basename}/Gather",
+            axis=int(tied),
+        )
+        if not tied:
+            return gathered
+        batch, tokens, width = self.make_hidden_state_shape()
+        self.make_value(gathered, self.io_dtype, shape=[width, batch, tokens])
+        turned = f"{basename}/Transpose"
+        self.make_node(
+            "Transpose",
+            inputs=[gathered],
+            outputs=[f"{turned}/output_0"],
+            name=turned,
+            perm=[1, 2, 0],
+        )
+        return f"{turned}/output_0"
+
     def _tied_head_node(self, node: str, root: str, output: str) -> None:
+        if self.plan.half:
+            self.make_node(
+                "MatMul", inputs=[root, self._embedding_name()], outputs=[output], name=node
+            )
+            return
         # FusedMatMul reads the embedding transposed: a Transpose would be folded into a copy.
         self.make_node(
             "FusedMatMul",

@@ -39,15 +39,19 @@ def both_rope_forms(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def write_side_files(source: Path, out: Path, genai: dict[str, Any], graph: str) -> None:
-    """Copy the tokenizer; write config.json, and genai_config.json for the file ``graph``."""
+def write_side_files(source: Path, out: Path, genai: dict[str, Any] | None, graph: str) -> None:
+    """Copy the tokenizer; write config.json, and genai_config.json for the file ``graph``.
+
+    Encoders have no ``genai``.
+    """
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     _write_json(out / "config.json", both_rope_forms(config))
-    genai["model"]["decoder"]["filename"] = graph
-    _write_json(out / "genai_config.json", genai)
+    if genai is not None:
+        genai["model"]["decoder"]["filename"] = graph
+        _write_json(out / "genai_config.json", genai)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
-from svdexport.core.grids_onnx import NBitsGrid
 from svdexport.errors import InputError
-from svdexport.export.onnx_emit import ACCURACY_LEVEL, HEAD, BuildPlan, Emission
-from svdexport.export.onnx_pack import DataWriter, packed_initializers
+from svdexport.export.onnx_emit import HEAD, BuildPlan, Emission
+from svdexport.export.onnx_forms import ContribForm, Form, StandardForm
+from svdexport.export.onnx_pack import DataWriter, to_half
 from svdexport.export.onnx_trace import PREFIX, stand_in_of, trace, traced_model
 
 IR_VERSION = 10
@@ -25,18 +26,26 @@ def build_general(plan: BuildPlan, data: DataWriter, config: Any) -> tuple[ir.Mo
     Raises InputError where torch.onnx cannot trace it, or where a linear does not come out as one
     product with its weight.
     """
-    model: Any = traced_model(config, plan.checkpoint)
+    dtype = torch.float16 if plan.half else torch.float32
+    model: Any = traced_model(config, plan.checkpoint, dtype)
     heads, width, layers = cache_shape(config)
+    return prepared(trace(model, heads, width, layers), plan, data, model)
+
+
+def prepared(
+    traced: ir.Model, plan: BuildPlan, data: DataWriter, model: Any
+) -> tuple[ir.Model, Emission]:
+    """The traced graph of ``model`` with the plan's weights in it. Raises as build_general does."""
     embedding = next(
         (f"{n}.weight" for n, m in model.named_modules() if m is model.get_input_embeddings()), ""
     )
     output = model.get_output_embeddings()
-    head = next((name for name, module in model.named_modules() if module is output), "")
-    traced = trace(model, heads, width, layers)
-    del model
+    named = ((n, m) for n, m in model.named_modules() if m is output)
+    head = None if output is None else next((name for name, _ in named), None)
     traced.ir_version = IR_VERSION
-    traced.opset_imports["com.microsoft"] = 1
-    writer = _Writer(traced, plan, data, head, embedding)
+    standard = plan.standard or plan.half  # WebGPU has no FusedMatMul
+    form = StandardForm(traced, data, plan.grid) if standard else ContribForm(traced, data)
+    writer = _Writer(form, plan, head, embedding)
     writer.write()
     return traced, writer.emission
 
@@ -53,20 +62,28 @@ class _Writer:
     """Walks a traced graph's initialisers once; see :func:`build_general`."""
 
     def __init__(
-        self, model: ir.Model, plan: BuildPlan, data: DataWriter, head: str, embedding: str
+        self,
+        form: Form,
+        plan: BuildPlan,
+        head: str | None,
+        embedding: str,
     ) -> None:
-        self.graph = model.graph
+        self.form = form
+        self.graph = form.graph
         self.plan = plan
-        self.data = data
         self.head = head
         self.embedding = embedding
         self.emission = Emission()
         checkpoint = plan.checkpoint
-        tied = not checkpoint.has(f"{head}.weight") and head not in checkpoint.low_rank
+        tied = head is not None and (
+            not checkpoint.has(f"{head}.weight") and head not in checkpoint.low_rank
+        )
         grid = plan.head_grid
         whole = grid is None or checkpoint.tensor(embedding).shape[1] % grid.block_size == 0
         self.emission.shared_embedding = tied and whole
         self._tied = tied
+        # Half of an encoder's bytes are its embedding, which no head shares.
+        self._quantised_table = head is None and grid is not None and whole
         self._shared: list[ir.Value] = []
 
     def write(self) -> None:
@@ -90,7 +107,8 @@ class _Writer:
         node.name = HEAD if head and leaf != "lr_a" else f"/{stem.replace('.', '/')}/MatMul"
         grid = self.plan.head_grid if head else self.plan.grid
         if head and self.emission.shared_embedding:
-            self._tied_head(node, grid)
+            shape = tuple(self.plan.checkpoint.tensor(self.embedding).shape)
+            self.form.head(node, self._shared_values(), shape, grid)
             del self.graph.initializers[str(stand_in.name)]
             return
         tensor = self.embedding if head and self._tied else f"{stem}.weight"
@@ -105,12 +123,11 @@ class _Writer:
             )
         if grid is None:
             name = f"{stem}.MatMul.weight"
-            self._initializer(name, np.ascontiguousarray(weight.T), into=stand_in)
+            self.form.add(name, self._float(weight.T, tensor), into=stand_in)
         else:
-            packed = self._packed(f"{stem}.MatMul", weight, grid)
-            self._swap_nbits(node, packed, weight.shape, grid)
+            name = str(self.form.linear(node, f"{stem}.MatMul", weight, grid).name)
+            self.emission.grids[name] = grid
             del self.graph.initializers[str(stand_in.name)]
-            name = str(packed[0].name)
         if tensor != self.embedding:  # which has its own initialiser
             self.emission.rows[name] = [(tensor, weight.shape[0])]
 
@@ -121,77 +138,50 @@ class _Writer:
             raise InputError(f"{self.plan.source}: {linear} is traced as {kinds}, not one MatMul")
         return nodes[0]
 
-    def _packed(self, stem: str, weight: np.ndarray, grid: NBitsGrid) -> list[ir.Value]:
-        arrays = packed_initializers(weight, grid)
-        values = [self._initializer(f"{stem}.{key}", array) for key, array in arrays.items()]
-        self.emission.grids[str(values[0].name)] = grid
-        return values
-
-    def _swap_nbits(
-        self, node: ir.Node, packed: list[ir.Value], shape: tuple[int, ...], grid: NBitsGrid
-    ) -> None:
-        settings = {"accuracy_level": ACCURACY_LEVEL, "bits": grid.bits}
-        settings |= {"block_size": grid.block_size, "K": shape[1], "N": shape[0]}
-        self._replace(node, "MatMulNBits", [node.inputs[0], *packed], settings)
-
-    def _replace(
-        self, node: ir.Node, kind: str, inputs: list[ir.Value | None], settings: dict[str, int]
-    ) -> None:
-        """Put an operator of onnxruntime's own domain in a node's place, under its name."""
-        new = ir.node(kind, inputs, attributes=settings, domain="com.microsoft", name=node.name)
-        before, after = node.outputs[0], new.outputs[0]
-        after.name, after.type, after.shape = before.name, before.type, before.shape
-        ir.convenience.replace_nodes_and_values(self.graph, node, [node], [new], [before], [after])
+    def _float(self, array: np.ndarray, name: str) -> np.ndarray:
+        array = np.ascontiguousarray(array)
+        return to_half(array, name) if self.plan.half else array
 
     # A tied embedding and LM head: one initialiser for both
 
-    def _tied_head(self, node: ir.Node, grid: NBitsGrid | None) -> None:
-        if grid is None:
-            embedding = self._shared_values(None)[0]
-            self._replace(node, "FusedMatMul", [node.inputs[0], embedding], {"transB": 1})
-        else:
-            shape = tuple(self.plan.checkpoint.tensor(self.embedding).shape)
-            self._swap_nbits(node, self._shared_values(grid), shape, grid)
-
-    def _shared_values(self, grid: NBitsGrid | None) -> list[ir.Value]:
+    def _shared_values(self) -> list[ir.Value]:
         """The shared initialisers; written when first asked for."""
         if not self._shared:
+            grid = self.plan.head_grid
             weight = self.plan.checkpoint.tensor(self.embedding).float().numpy()
-            if grid is None:
-                self._shared = [self._initializer(self.embedding, weight)]
-            else:
-                self._shared = self._packed("lm_head.MatMul", weight, grid)
-            self.emission.rows[str(self._shared[0].name)] = [(self.embedding, weight.shape[0])]
+            array = self._float(weight, self.embedding)
+            self._shared = self.form.shared(self.embedding, "lm_head.MatMul", array, grid)
+            name = str(self._shared[0].name)
+            self.emission.rows[name] = [(self.embedding, weight.shape[0])]
+            if grid is not None:
+                self.emission.grids[name] = grid
         return self._shared
 
     def _share_embedding(self, value: ir.Value) -> None:
-        grid = self.plan.head_grid
-        shared = self._shared_values(grid)
+        shared = self._shared_values()
         for node in [usage.node for usage in value.uses()]:
             if node.op_type != "Gather":
                 raise InputError(f"{self.plan.source}: the embedding is read by {node.op_type}")
-            if grid is None:
-                node.replace_input_with(0, shared[0])
-                continue
-            flat = np.array([value.shape[0], -1], np.int64)  # type: ignore[index]
-            size = ir.Value(name=f"{node.name}_flat", const_value=ir.tensor(flat))
-            size.const_value.name = size.name  # type: ignore[union-attr]
-            self.data.note(str(size.name), flat)
-            self.graph.register_initializer(size)
-            rows = ir.node("Reshape", [shared[0], size], name=f"{node.name}/Reshape")
-            rows.outputs[0].name = f"{node.name}/Reshape/output_0"
-            self.graph.insert_before(node, rows)
-            settings = {"bits": grid.bits, "block_size": grid.block_size}
-            settings |= {"gather_axis": 0, "quantize_axis": 1}
-            inputs = [rows.outputs[0], node.inputs[1], *shared[1:]]
-            self._replace(node, "GatherBlockQuantized", inputs, settings)
+            self.form.lookup(node, shared, int(value.shape[0]), self.plan.head_grid)  # type: ignore[index, arg-type]
+        self.graph.initializers.pop(str(value.name), None)
+
+    def _quantise_table(self, value: ir.Value) -> None:
+        grid = self.plan.head_grid
+        assert grid is not None
+        weight = self.plan.checkpoint.tensor(self.embedding).float().numpy()
+        nodes = [usage.node for usage in value.uses()]
+        table = self.form.table(nodes, self.embedding, weight, grid)
+        self.emission.rows[table] = [(self.embedding, weight.shape[0])]
+        self.emission.grids[table] = grid
         self.graph.initializers.pop(str(value.name), None)
 
     # Everything else
 
     def _write_as_is(self, name: str, value: ir.Value) -> None:
         if name == PREFIX + self.embedding:
-            if self.emission.shared_embedding:
+            if self._quantised_table and self.form.has_table:
+                self._quantise_table(value)
+            elif self.emission.shared_embedding:
                 self._share_embedding(value)
             else:
                 self._write_embedding(value)
@@ -199,9 +189,9 @@ class _Writer:
         assert value.const_value is not None
         array = value.const_value.numpy()
         if array.size <= _INLINE:
-            self.data.note(name, array)
+            self.form.data.note(name, array)
         else:
-            self._initializer(name.removeprefix(PREFIX), array, into=value)
+            self.form.add(name.removeprefix(PREFIX), array, into=value)
 
     def _write_embedding(self, value: ir.Value) -> None:
         """Token embeddings of their own, in float16 where that loses nothing."""
@@ -209,9 +199,10 @@ class _Writer:
         half = array.astype(np.float16)
         nodes = [usage.node for usage in value.uses()]
         lossless = bool((half.astype(np.float32) == array).all())
-        narrow = lossless and all(node.op_type == "Gather" for node in nodes)
+        narrow = not self.plan.half and lossless and all(n.op_type == "Gather" for n in nodes)
         self.emission.rows[self.embedding] = [(self.embedding, array.shape[0])]
-        self._initializer(self.embedding, half if narrow else array, into=value)
+        stored = half if narrow else self._float(array, self.embedding)
+        self.form.add(self.embedding, stored, into=value)
         for node in nodes if narrow else []:
             gathered = node.outputs[0]
             widen = ir.node("Cast", [gathered], attributes={"to": ir.DataType.FLOAT})
@@ -225,19 +216,6 @@ class _Writer:
             widen.replace_input_with(0, gathered)
             gathered.type = ir.TensorType(ir.DataType.FLOAT16)
             self.graph.insert_after(node, widen)
-
-    def _initializer(self, name: str, array: np.ndarray, into: ir.Value | None = None) -> ir.Value:
-        """Write an array: as a new initialiser, or as the data and new name of one."""
-        external = self.data.add(name, array)
-        if into is not None:
-            del self.graph.initializers[str(into.name)]
-            into.name = name
-        value = into or ir.Value(name=name)
-        value.const_value = external
-        value.type = ir.TensorType(external.dtype)
-        value.shape = external.shape
-        self.graph.register_initializer(value)
-        return value
 
 
 def genai_settings(config: Any, graph: str) -> dict[str, Any]:

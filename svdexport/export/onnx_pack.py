@@ -9,7 +9,8 @@ from typing import BinaryIO
 import numpy as np
 import onnx_ir as ir
 
-from svdexport.core.grids_onnx import NBitsGrid, pack, quantize
+from svdexport.core.grids_onnx import NBitsGrid, pack, pack_bits, quantize
+from svdexport.errors import InputError
 from svdexport.export.base import TensorRecord
 
 _PAGE = 4096
@@ -19,6 +20,11 @@ _SMALL = 64
 """Cache line, the alignment of tensors too small to deserve a page."""
 
 _LARGE_BYTES = 1 << 20
+
+_SIGNED = {8: ir.DataType.INT8, 4: ir.DataType.INT4, 2: ir.DataType.INT2}
+
+
+_LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
 class DataWriter:
@@ -56,25 +62,43 @@ class DataWriter:
 
     def add(self, name: str, array: np.ndarray) -> ir.ExternalTensor:
         """Write ``array`` under ``name``. Raises ValueError where the name was used before."""
-        if name in self.records:
-            raise ValueError(f"initialiser {name} is written twice")
         array = np.ascontiguousarray(array)
         dtype = ir.DataType.from_numpy(array.dtype)
-        align = _PAGE if array.nbytes >= _LARGE_BYTES else _SMALL
+        data = array.reshape(-1).view(np.uint8)
+        return self._append(name, data, dtype, array.shape)
+
+    def add_codes(self, name: str, codes: np.ndarray, bits: int) -> ir.ExternalTensor:
+        """Write signed integers of 8, 4 or 2 bits; ``codes`` is int8. Raises as ``add`` does."""
+        data = pack_bits(codes.reshape(-1).view(np.uint8) & np.uint8((1 << bits) - 1), bits)
+        return self._append(name, data, _SIGNED[bits], codes.shape)
+
+    def _append(
+        self, name: str, data: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]
+    ) -> ir.ExternalTensor:
+        if name in self.records:
+            raise ValueError(f"initialiser {name} is written twice")
+        align = _PAGE if data.nbytes >= _LARGE_BYTES else _SMALL
         self._file.write(b"\0" * (-self._file.tell() % align))
         offset = self._file.tell()
-        data = memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-        self._file.write(data)
-        self.records[name] = TensorRecord.of(array.shape, dtype.name, data)
+        view = memoryview(data)  # type: ignore[arg-type]
+        self._file.write(view)
+        self.records[name] = TensorRecord.of(shape, dtype.name, view)
         return ir.ExternalTensor(
             location=self.name,
             offset=offset,
-            length=array.nbytes,
+            length=data.nbytes,
             dtype=dtype,
-            shape=ir.Shape(array.shape),
+            shape=ir.Shape(shape),
             name=name,
             base_dir=str(self.folder),
         )
+
+
+def to_half(array: np.ndarray, name: str) -> np.ndarray:
+    """An array in float16. Raises InputError where a value is too large for it."""
+    if array.size and float(np.abs(array).max()) > _LARGEST_HALF:
+        raise InputError(f"{name}: a value beyond float16's {_LARGEST_HALF:.0f}; export fp32")
+    return array.astype(np.float16)
 
 
 def packed_initializers(weight: np.ndarray, grid: NBitsGrid) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ weights are written from the checkpoint afterwards, one at a time.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from svdexport.checkpoint import Checkpoint
+from svdexport.checkpoint import Checkpoint, is_encoder
 from svdexport.errors import InputError
 
 OPSET = 20
@@ -33,12 +34,19 @@ _TRACE_BATCH, _TRACE_TOKENS, _TRACE_PAST = 2, 3, 4
 class _Linear(nn.Module):
     """x -> x W_1 W_2 ... + bias, each W a stand-in (inputs, outputs)."""
 
-    def __init__(self, shapes: dict[str, tuple[int, int]], bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        shapes: dict[str, tuple[int, int]],
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        numbers: Iterator[int],
+    ) -> None:
         super().__init__()
         self.leaves = tuple(shapes)
         for leaf, (rows, columns) in shapes.items():
             # Equal constants could be merged by an optimiser: give each its own number.
-            number = torch.rand(())
+            bits = torch.int16 if dtype == torch.float16 else torch.int32
+            number = torch.tensor(next(numbers), dtype=bits).view(dtype)
             self.register_buffer(_STAND_IN + leaf, number.expand(columns, rows))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._leader: list[_Linear] = []
@@ -77,26 +85,30 @@ class _Decoder(nn.Module):
         return (found.logits, *(t for layer in layers for t in (layer.keys, layer.values)))
 
 
-def traced_model(config: Any, checkpoint: Checkpoint) -> nn.Module:
+def traced_model(
+    config: Any, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """The model with stand-ins for its linears and everything else from the checkpoint."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
+    kind = AutoModel if is_encoder(checkpoint.config) else AutoModelForCausalLM
     with _parameters_on_meta():
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        model: nn.Module = kind.from_config(
+            config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
         )
     model.eval()
     made: dict[str, _Linear] = {}
+    numbers = itertools.count(1)
     for name, module in list(model.named_modules()):
         if is_linear(module):
-            made[name] = _stand_in(name, module, checkpoint)
+            made[name] = _stand_in(name, module, checkpoint, dtype, numbers)
             model.set_submodule(name, made[name])
     for name, spec in checkpoint.low_rank.items():
         if name not in made:
             raise InputError(f"{checkpoint.path}: {name} is compressed but is no linear here")
         if spec.group != name:
             made[name]._leader.append(made[spec.group])
-    _load_rest(model, checkpoint)
+    _load_rest(model, checkpoint, dtype)
     return model
 
 
@@ -105,24 +117,30 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
-def _stand_in(name: str, module: nn.Module, checkpoint: Checkpoint) -> _Linear:
+def _stand_in(
+    name: str,
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    numbers: Iterator[int],
+) -> _Linear:
     rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
     if type(module) is not nn.Linear:
         rows, columns = columns, rows
-    bias = checkpoint.tensor(f"{name}.bias").float() if module.bias is not None else None
+    bias = checkpoint.tensor(f"{name}.bias").to(dtype) if module.bias is not None else None
     spec = checkpoint.low_rank.get(name)
     if spec is None:
         leaf = "weight" if type(module) is nn.Linear else "weight_t"
-        return _Linear({leaf: (rows, columns)}, bias)
+        return _Linear({leaf: (rows, columns)}, bias, dtype, numbers)
     shapes = {"lr_a": (spec.rank, columns)} if spec.group == name else {}
-    return _Linear({**shapes, "lr_b": (rows, spec.rank)}, bias)
+    return _Linear({**shapes, "lr_b": (rows, spec.rank)}, bias, dtype, numbers)
 
 
-def _load_rest(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _load_rest(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type != "meta":
             continue
-        value = checkpoint.tensor(name).float()
+        value = checkpoint.tensor(name).to(dtype)
         if value.shape != parameter.shape:
             raise InputError(
                 f"{checkpoint.path}: tensor {name} has shape {tuple(value.shape)}, "
@@ -154,7 +172,9 @@ def trace(model: nn.Module, heads: int, width: int, layers: int) -> ir.Model:
 
     Raises InputError where torch.onnx cannot.
     """
-    past = [torch.zeros(_TRACE_BATCH, heads, _TRACE_PAST, width) for _ in range(2 * layers)]
+    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    empty = torch.zeros(_TRACE_BATCH, heads, _TRACE_PAST, width, dtype=dtype)
+    past = [empty.clone() for _ in range(2 * layers)]
     tokens, total = _TRACE_TOKENS, _TRACE_TOKENS + _TRACE_PAST
     positions = torch.arange(_TRACE_PAST, total)[None].repeat(_TRACE_BATCH, 1)
     inputs = {
@@ -170,10 +190,30 @@ def trace(model: nn.Module, heads: int, width: int, layers: int) -> ir.Model:
         "past": [{0: "batch_size", 2: "past_sequence_length"}] * len(past),
     }
     names = [f"{{}}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+    return exported(
+        _Decoder(model),
+        inputs,
+        free,
+        [*list(inputs)[:3], *(name.format("past_key_values") for name in names)],
+        ["logits", *(name.format("present") for name in names)],
+    )
+
+
+def exported(
+    wrapper: nn.Module,
+    inputs: dict[str, Any],
+    free: dict[str, Any],
+    input_names: list[str],
+    output_names: list[str],
+) -> ir.Model:
+    """What torch.onnx makes of a module whose ``model`` is the traced one, ``free`` axes named.
+
+    Raises InputError where torch.onnx cannot.
+    """
     with _quiet():
         try:
             program = torch.onnx.export(
-                _Decoder(model),
+                wrapper,
                 (),
                 kwargs=inputs,
                 dynamic_shapes=free,
@@ -181,13 +221,13 @@ def trace(model: nn.Module, heads: int, width: int, layers: int) -> ir.Model:
                 opset_version=OPSET,
                 optimize=True,
                 verbose=False,
-                input_names=[*list(inputs)[:3], *(n.format("past_key_values") for n in names)],
-                output_names=["logits", *(n.format("present") for n in names)],
+                input_names=input_names,
+                output_names=output_names,
             )
         except Exception as error:  # torch.onnx raises what the traced code raises, too
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise InputError(
-                f"{type(model).__name__}: torch.onnx cannot trace it ({reason})"
+                f"{type(wrapper.model).__name__}: torch.onnx cannot trace it ({reason})"
             ) from error
     assert program is not None
     graph: ir.Model = program.model

@@ -59,7 +59,7 @@ def artifact_name(spec: Export) -> str:
         return f"model-{spec.label}.gguf"
     if isinstance(spec, CheckpointExport):
         return "checkpoint" if spec.dtype == "source" else f"checkpoint-{spec.dtype}"
-    return f"onnx-{spec.precision}"
+    return f"onnx-{spec.label}"
 
 
 def export_all(job: Job, model: ModelUnderWork, checkpoint: Path, origin: str) -> list[Artifact]:

@@ -93,6 +93,9 @@ GgufType: TypeAlias = Literal[
 ]
 
 
+_DEFAULT_BLOCK: dict[Any, int] = {"int2": 128}
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -209,11 +212,33 @@ class GgufExport(_Section):
 
 
 class OnnxExport(_Section):
-    """An onnxruntime-genai folder."""
+    """An ONNX folder for onnxruntime and onnxruntime-genai.
+
+    ``precision`` is that of the linears' weights, factors included; ``fp16`` is for WebGPU, the
+    CPU gains no speed by it. ``block_size``: weights that share a scale; where it is left out 32,
+    and 128 at 2 bits, where onnxruntime's kernel is fastest. ``operators``: ``standard`` writes
+    ONNX's own operators alone (DequantizeLinear and MatMul), for runtimes that do not have
+    Microsoft's.
+    """
 
     format: Literal["onnx"] = "onnx"
-    precision: Literal["fp32", "int8", "int4"] = "int4"
+    precision: Literal["fp32", "fp16", "int8", "int4", "int2"] = "int4"
     block_size: Literal[16, 32, 64, 128, 256] = 32
+    operators: Literal["contrib", "standard"] = "contrib"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _block_by_precision(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "block_size" not in data:
+            return {**data, "block_size": _DEFAULT_BLOCK.get(data.get("precision"), 32)}
+        return data
+
+    @property
+    def label(self) -> str:
+        """Precision and what differs from the defaults, for file names: ``int4-standard``."""
+        default = _DEFAULT_BLOCK.get(self.precision, 32)
+        block = "" if self.block_size == default else f"-b{self.block_size}"
+        return f"{self.precision}{block}{'' if self.operators == 'contrib' else '-standard'}"
 
 
 class CheckpointExport(_Section):

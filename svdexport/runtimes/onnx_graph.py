@@ -16,6 +16,9 @@ from svdexport.errors import InputError
 ROWS_KEY = "svdexport.rows"
 """Model metadata: initialiser -> [checkpoint tensor, rows], to take stacked weights apart."""
 
+_SMALL_BITS = {21: 4, 22: 4, 25: 2, 26: 2}
+"""Bits of TensorProto's UINT4, INT4, UINT2 and INT2."""
+
 _PASS = ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Unsqueeze")
 """Operators between a stored weight and the product that uses it."""
 
@@ -69,8 +72,9 @@ class OnnxGraph:
         import onnx
 
         tensor = self.initializers[name]
-        if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
-            return (int(math.prod(tensor.dims)) + 1) // 2
+        bits = _SMALL_BITS.get(tensor.data_type)
+        if bits is not None:
+            return (int(math.prod(tensor.dims)) * bits + 7) // 8
         if tensor.data_type == onnx.TensorProto.STRING:
             return sum(len(text) for text in tensor.string_data)
         kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))

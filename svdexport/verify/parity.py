@@ -76,6 +76,7 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("gguf", "F16"): FLOAT16,
     ("gguf", "BF16"): BFLOAT16,
     ("onnx", "fp32"): FLOAT32,
+    ("onnx", "fp16"): FLOAT16,
 }
 
 

@@ -27,9 +27,15 @@ TOKENS = np.random.default_rng(3).integers(3, VOCAB - 1, 40)
 
 
 def run_export(
-    source: Path, checkpoint: Checkpoint, out: Path, precision: str, block_size: int = 32
+    source: Path,
+    checkpoint: Checkpoint,
+    out: Path,
+    precision: str,
+    block_size: int = 32,
+    **keys: str,
 ) -> Exported:
-    spec = OnnxExport.model_validate({"precision": precision, "block_size": block_size})
+    given = {"precision": precision, "block_size": block_size, **keys}
+    spec = OnnxExport.model_validate(given)
     return export(ExportRequest(checkpoint, source, None, out, out.parent, spec))
 
 
