@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from svdexport.allocate import adacr, greedy, svd_llm_v2, uniform
+from svdexport.allocate.base import Allocation, Candidate, Strategy
 
-from svdexport.allocate import greedy, uniform
-from svdexport.allocate.base import Allocation, Candidate
-
-Strategy = Callable[[Sequence[Candidate], float, int], dict[str, Allocation]]
-
-STRATEGIES: dict[str, Strategy] = {"uniform": uniform.allocate, "greedy": greedy.allocate}
+STRATEGIES: dict[str, Strategy] = {
+    "uniform": Strategy("the same kept share everywhere", uniform.allocate),
+    "greedy": Strategy("one global pass over the predicted loss per parameter", greedy.allocate),
+    "svd_llm_v2": Strategy(
+        "SVD-LLM V2: by 1 / log of the truncation loss in each type of matrix",
+        svd_llm_v2.allocate,
+    ),
+    "adacr": Strategy(
+        "AdaSVD's adaCR: by the similarity of a block's input and output",
+        adacr.allocate,
+        frozenset({"similarity"}),
+    ),
+}
 
 __all__ = ["STRATEGIES", "Allocation", "Candidate", "Strategy"]

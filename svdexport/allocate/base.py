@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from svdexport.core.lowrank import break_even_rank, pair_params
+from svdexport.core.lowrank import break_even_rank, pair_params, round_rank
+from svdexport.core.moments import Statistic
+from svdexport.errors import RecipeError
+from svdexport.recipe.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -18,12 +22,17 @@ class Candidate:
         out_features: outputs of all members together. in_features: of their input.
         energies: squared singular values in the method's metric, descending (for ``greedy``:
             in units comparable across groups), or None where they were not computed.
+        kind: type of the matrix, the same in every block. block: number of its block.
+        similarity: mean cosine of its block's input and output, where it was asked for.
     """
 
     name: str
     out_features: int
     in_features: int
     energies: np.ndarray | None = None
+    kind: str = ""
+    block: int = 0
+    similarity: float | None = None
 
     @property
     def dense_params(self) -> int:
@@ -52,3 +61,58 @@ class Allocation:
 BREAK_EVEN = "no rank that the runtime takes is below break-even"
 TOO_LITTLE_TO_SAVE = "the rank for this budget is past break-even"
 DENSE_PAYS = "dense pays: the predicted loss per parameter is best spent here"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a budget is shared out: ``allocate(candidates, param_ratio, multiple, settings)``.
+
+    ``needs`` is what calibration must collect for it, beyond what the method asks for.
+    """
+
+    title: str
+    allocate: Callable[[Sequence[Candidate], float, int, Settings], dict[str, Allocation]]
+    needs: frozenset[Statistic] = frozenset()
+
+
+def by_ratios(
+    candidates: Sequence[Candidate], kept: Mapping[str, float], param_ratio: float, multiple: int
+) -> dict[str, Allocation]:
+    """Ranks for a wanted kept share of each group, all scaled by one factor to fit the budget.
+
+    The factor is the largest (found by bisection) at which the parameters stay within
+    ``param_ratio`` of the dense ones: rounding to the multiple, and shares past break-even, which
+    become dense, would otherwise miss the budget.
+
+    Raises:
+        RecipeError: even the smallest ranks exceed the budget.
+    """
+    budget = param_ratio * sum(item.dense_params for item in candidates)
+
+    def choose(scale: float) -> tuple[dict[str, Allocation], int]:
+        chosen = {c.name: _at_share(c, scale * kept[c.name], multiple) for c in candidates}
+        return chosen, sum(item.cost(chosen[item.name].rank) for item in candidates)
+
+    low, high = 0.0, 1.0 / max(min(kept.values()), 1e-6)
+    best, cost = choose(low)
+    if cost > budget:
+        raise RecipeError(
+            f"compress.budget: param_ratio {param_ratio} is too small for ranks of at least "
+            f"{multiple}"
+        )
+    for _ in range(60):
+        middle = (low + high) / 2
+        chosen, cost = choose(middle)
+        if cost <= budget:
+            low, best = middle, chosen
+        else:
+            high = middle
+    return best
+
+
+def _at_share(item: Candidate, share: float, multiple: int) -> Allocation:
+    ranks = item.ranks(multiple)
+    if not ranks:
+        return Allocation(None, BREAK_EVEN)
+    rank = round_rank(share * item.dense_params / (item.out_features + item.in_features), multiple)
+    return Allocation(rank) if rank <= ranks[-1] else Allocation(None, TOO_LITTLE_TO_SAVE)

@@ -9,12 +9,16 @@ import numpy as np
 
 from svdexport.allocate.base import BREAK_EVEN, DENSE_PAYS, Allocation, Candidate
 from svdexport.errors import RecipeError
+from svdexport.recipe.settings import NO_SETTINGS, Settings
 
 _Option = tuple[int, float, int | None]  # parameters, predicted loss, rank (None: dense)
 
 
 def allocate(
-    candidates: Sequence[Candidate], param_ratio: float, multiple: int
+    candidates: Sequence[Candidate],
+    param_ratio: float,
+    multiple: int,
+    settings: Settings = NO_SETTINGS,
 ) -> dict[str, Allocation]:
     """Minimise the summed predicted loss within ``param_ratio`` of the dense parameters.
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from svdexport.allocate.base import BREAK_EVEN, TOO_LITTLE_TO_SAVE, Allocation, Candidate
+from svdexport.allocate.base import (
+    BREAK_EVEN,
+    TOO_LITTLE_TO_SAVE,
+    Allocation,
+    Candidate,
+)
 from svdexport.core.lowrank import round_rank
+from svdexport.recipe.settings import NO_SETTINGS, Settings
 
 
 def allocate(
-    candidates: Sequence[Candidate], param_ratio: float, multiple: int
+    candidates: Sequence[Candidate],
+    param_ratio: float,
+    multiple: int,
+    settings: Settings = NO_SETTINGS,
 ) -> dict[str, Allocation]:
     """Rank k with k (m + n) nearest to ``param_ratio`` m n, for each group by itself."""
     chosen: dict[str, Allocation] = {}

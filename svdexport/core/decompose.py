@@ -109,7 +109,7 @@ def _by_inputs(
     gram = weight.T @ weighted
     if root is not None:
         gram = root.T @ gram @ root
-    energies, vectors = _top(gram)
+    energies, vectors = eigen_descending(gram)
     v = vectors[:, :limit]
     if root is None:
         a, b = v.T, weight @ v
@@ -130,7 +130,7 @@ def _by_outputs(
         roots = [damped_cholesky(g, 0.0)[0] for g in metrics]
         root = torch.block_diag(*roots)  # type: ignore[no-untyped-call]
         gram = root.T @ gram @ root
-    energies, vectors = _top(gram)
+    energies, vectors = eigen_descending(gram)
     u = vectors[:, :limit]
     if root is None:
         a, b = u.T @ weight, u
@@ -145,8 +145,11 @@ def _apply_blocks(blocks: list[Tensor], weight: Tensor) -> Tensor:
     return torch.cat([block @ part for block, part in zip(blocks, rows, strict=True)])
 
 
-def _top(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (descending, not negative) and eigenvectors, signs fixed so reruns agree."""
+def eigen_descending(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (descending, not negative) and eigenvectors of a symmetric matrix.
+
+    Signs are fixed, so that reruns agree.
+    """
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
     largest = vectors.abs().argmax(dim=0)
@@ -174,3 +177,24 @@ def relative_errors(
     products = (a_h @ a.T) * (b.T @ b)
     quadratic = products.cumsum(0).cumsum(1).diagonal()
     return ((total - 2 * cross + quadratic).clamp_min(0.0) / total).sqrt()
+
+
+def energies_of(weight: Tensor, a: Tensor, b: Tensor, moment: Tensor) -> Tensor:
+    """What each rank takes off ||(W - B_k A_k) X||_F^2, and last what remains; shape (r + 1,).
+
+    For factors that no singular value decomposition made: entries are differences of the errors,
+    not negative, and the sum of those after the k-th is the error of rank k.
+    """
+    found = Decomposition(a, b, torch.zeros(0), 0.0)
+    total = float(((weight.double() @ moment.double()) * weight.double()).sum())
+    errors = relative_errors([weight], found, moment).square() * total
+    steps = torch.cat([torch.tensor([total], dtype=torch.float64), errors])
+    # an error that rises by rounding is held at the lowest one so far
+    steps = torch.cummin(steps, dim=0).values
+    return torch.cat([steps[:-1] - steps[1:], steps[-1:]])
+
+
+def orthonormal_in(a: Tensor, moment: Tensor) -> Tensor:
+    """Rows with A H A^T = I, row i a combination of A's rows up to i alone."""
+    root, _ = damped_cholesky(a @ moment @ a.T, 0.0)
+    return torch.linalg.solve_triangular(root, a, upper=False)

@@ -1,9 +1,19 @@
-"""Second moments of activations and of output gradients, summed in float64."""
+"""Statistics of activations and of output gradients, summed in float64 over calibration tokens."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+# What a method or an allocation strategy may ask calibration for:
+#   inputs      H = sum of x x^T (n, n)          gradients   G = sum of g g^T (m, m)
+#   mean_abs    mean of |x| (n,)                 fisher      sum over samples of (dL/dW)^2 (m, n)
+#   rows        the first of the rows x themselves (count, n)
+#   similarity  mean cosine of a block's input and output
+Statistic = Literal["inputs", "gradients", "mean_abs", "fisher", "rows", "similarity"]
+NEED_GRADIENTS: frozenset[Statistic] = frozenset({"gradients", "fisher"})
 
 _CHUNK = 1024  # rows per float32 product: keeps its rounding near 1e-6 of sqrt(H_ii H_jj)
 
@@ -25,3 +35,77 @@ class Moment:
         for chunk in torch.split(rows, _CHUNK):
             self.matrix += chunk.T @ chunk
         self.rows += rows.shape[0]
+
+
+class MeanAbs:
+    """Mean of |x| over rows, shape (n,), float64."""
+
+    def __init__(self, size: int) -> None:
+        self.total = torch.zeros(size, dtype=torch.float64)
+        self.rows = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add rows: x of shape (..., n)."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        self.total += rows.abs().double().sum(dim=0)
+        self.rows += rows.shape[0]
+
+    def value(self) -> Tensor:
+        """The mean, (n,)."""
+        return self.total / max(1, self.rows)
+
+
+class FirstRows:
+    """The first ``count`` rows, as they come."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.parts, self.rows = count, list[Tensor](), 0
+
+    def add(self, x: Tensor) -> None:
+        """Add rows: x of shape (..., n); beyond ``count`` they are passed over."""
+        rows = x.detach().reshape(-1, x.shape[-1])[: self.count - self.rows]
+        if len(rows):
+            self.parts.append(rows.clone())
+            self.rows += len(rows)
+
+    def value(self) -> Tensor:
+        """The rows, (rows, n)."""
+        return torch.cat(self.parts)
+
+
+class MeanCosine:
+    """Mean over rows of the cosine between two tensors of the same shape (..., n)."""
+
+    def __init__(self) -> None:
+        self.total, self.rows = 0.0, 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows; a zero row counts as cosine 0."""
+        cosines = torch.nn.functional.cosine_similarity(x.detach(), y.detach(), dim=-1)
+        self.total += float(cosines.double().sum())
+        self.rows += cosines.numel()
+
+    def value(self) -> float:
+        """The mean."""
+        return self.total / max(1, self.rows)
+
+
+class Fisher:
+    """Empirical Fisher information of a weight: sum over samples of (dL/dW)^2, (m, n), float64.
+
+    A sample is one calibration sequence; its gradient is the sum over its tokens of g x^T.
+    """
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        self.matrix = torch.zeros((out_features, in_features), dtype=torch.float64)
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Add samples: inputs x (samples, tokens, n) and output gradients g (samples, tokens, m).
+
+        Raises ValueError where the two do not belong to the same tokens.
+        """
+        if x.shape[:-1] != g.shape[:-1]:
+            raise ValueError(f"inputs {tuple(x.shape)} and gradients {tuple(g.shape)} differ")
+        for one, grad in zip(x.detach(), g.detach(), strict=True):
+            gradient = grad.reshape(-1, g.shape[-1]).T @ one.reshape(-1, x.shape[-1])
+            self.matrix += gradient.double().square()

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
-from svdexport.factorize import kfac_svd, svd, svd_llm
+from svdexport.factorize import (
+    adasvd,
+    asvd,
+    basis_sharing,
+    dobi_svd,
+    fwsvd,
+    kfac_svd,
+    lorc,
+    svd,
+    svd_llm,
+    svd_llm_v2,
+    tfwsvd,
+)
 from svdexport.factorize.base import GroupData, Method, split_outputs
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (svd.METHOD, svd_llm.METHOD, kfac_svd.METHOD)
+    module.METHOD.name: module.METHOD
+    for module in (
+        svd,
+        fwsvd,
+        tfwsvd,
+        asvd,
+        svd_llm,
+        svd_llm_v2,
+        adasvd,
+        dobi_svd,
+        basis_sharing,
+        lorc,
+        kfac_svd,
+    )
 }
 
 __all__ = ["METHODS", "GroupData", "Method", "split_outputs"]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from svdexport.core.decompose import Decomposition
-
-Needs = Literal["nothing", "inputs", "gradients"]
+from svdexport.core.lowrank import FactorPair
+from svdexport.core.moments import Statistic
+from svdexport.recipe.settings import NO_SETTINGS, Settings
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,10 @@ class GroupData:
         inputs: second moment H (n, n) of the shared input, or None.
         gradients: second moments G_i (m_i, m_i) of the output gradients, or None.
         max_rank: largest rank that will be asked for.
-        damping: recipe's ``compress.damping``.
+        damping: recipe's ``compress.damping``. settings: recipe's ``compress.settings``.
+        mean_abs: mean of |x| of the shared input, (n,). fisher: sums over samples of the squared
+            gradients of W_i, each (m_i, n). rows: first rows of the shared input, (rows, n). None
+            where the method did not ask for them.
     """
 
     weights: tuple[Tensor, ...]
@@ -31,17 +34,35 @@ class GroupData:
     gradients: tuple[Tensor, ...] | None
     max_rank: int
     damping: float
+    settings: Settings = NO_SETTINGS
+    mean_abs: Tensor | None = None
+    fisher: tuple[Tensor, ...] | None = None
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method of the family: its name in recipes, where it comes from, what it must be given."""
+    """A method of the family: its name in recipes, where it comes from, what it must be given.
+
+    Attributes:
+        needs: statistics of the calibration text.
+        factorize: nested factors of one group, for every rank at once.
+        only: patterns of the linears that the method is for; empty for all. Such linears never
+            share an A.
+        factorize_across: for methods that work on the same group of several adjacent blocks.
+        keep, finish: for methods whose factors are not nested: what to keep of a group, and from
+            it and the nested factors cut at the chosen rank, the pair.
+    """
 
     name: str
     title: str
     source: str
-    needs: Needs
+    needs: frozenset[Statistic]
     factorize: Callable[[GroupData], Decomposition]
+    only: tuple[str, ...] = ()
+    factorize_across: Callable[[Sequence[GroupData]], list[Decomposition]] | None = None
+    keep: Callable[[GroupData], dict[str, Tensor]] | None = None
+    finish: Callable[[FactorPair, Mapping[str, Tensor], Settings], FactorPair] | None = None
 
 
 def split_outputs(stacked: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:

@@ -25,6 +25,6 @@ METHOD = Method(
     "kfac_svd",
     "loss-aware SVD (Kronecker-factored Fisher)",
     "svdexport; Fisher factors after Martens and Grosse, 2015, arXiv 1503.05671",
-    "gradients",
+    frozenset({"inputs", "gradients"}),
     factorize,
 )

@@ -11,4 +11,4 @@ def factorize(data: GroupData) -> Decomposition:
     return decompose(data.weights, max_rank=data.max_rank)
 
 
-METHOD = Method("svd", "truncated SVD", "Eckart and Young, 1936", "nothing", factorize)
+METHOD = Method("svd", "truncated SVD", "Eckart and Young, 1936", frozenset(), factorize)

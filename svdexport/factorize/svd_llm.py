@@ -15,6 +15,6 @@ METHOD = Method(
     "svd_llm",
     "SVD-LLM (truncation-aware whitening)",
     "Wang et al., ICLR 2025, arXiv 2403.07378",
-    "inputs",
+    frozenset({"inputs"}),
     factorize,
 )

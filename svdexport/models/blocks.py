@@ -137,28 +137,37 @@ def _group(model: nn.Module, calls: Sequence[tuple[int, str, Tensor]]) -> Iterat
 
 
 def select(
-    structure: Structure, targets: Sequence[str], ignore: Sequence[str], group: bool
+    structure: Structure,
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    group: bool,
+    only: Sequence[str] = ("re:",),
 ) -> list[InputGroup]:
     """Groups of the linears that the patterns choose; with ``group`` off, one linear a group.
 
-    Patterns are full module paths or ``re:`` and a regular expression searched in the path.
-    Raises InputError where nothing is left.
+    Patterns are full module paths or ``re:`` and a regular expression searched in the path;
+    ``only`` are those that the method itself is for. Raises InputError where nothing is left.
     """
     chosen: list[InputGroup] = []
     for found in structure.groups:
         members = [
-            m for m in found.members if _matches(m.name, targets) and not _matches(m.name, ignore)
+            m
+            for m in found.members
+            if matches(m.name, targets) and matches(m.name, only) and not matches(m.name, ignore)
         ]
         if not members:
             continue
         parts = [tuple(members)] if group else [(member,) for member in members]
         chosen += [InputGroup(found.block, part) for part in parts]
     if not chosen:
-        raise InputError("compress.targets and compress.ignore leave no linear layer to compress")
+        raise InputError(
+            "compress.targets, compress.ignore and the method leave no linear layer to compress"
+        )
     return chosen
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns chooses the module path."""
     return any(
         re.search(p[3:], name) is not None if p.startswith("re:") else p == name for p in patterns
     )

@@ -6,11 +6,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from svdexport.allocate import STRATEGIES
-from svdexport.factorize import METHODS
+from svdexport.allocate import uniform
+from svdexport.core.moments import NEED_GRADIENTS
 from svdexport.models.blocks import InputGroup, Structure
 from svdexport.models.loader import open_source, structure_of
-from svdexport.pipeline.compress import candidate, chosen_groups
+from svdexport.pipeline.compress import candidate
+from svdexport.pipeline.factors import chosen_groups, statistics
 from svdexport.recipe import Recipe
 
 BYTES_F32, BYTES_F64 = 4, 8
@@ -19,15 +20,15 @@ BYTES_F32, BYTES_F64 = 4, 8
 def dry_run(recipe: Recipe) -> dict[str, Any]:
     """Rows per linear, parameters, and memory. Reads the model's headers, not its weights.
 
-    ``greedy`` needs calibration to choose ranks; until then the same budget is shown as uniform
-    ranks, and ``ranks`` says so.
+    Every strategy but ``uniform`` needs factors to choose ranks; until then the same budget is
+    shown as uniform ranks, and ``ranks`` says so.
     """
     with tempfile.TemporaryDirectory(prefix="svdexport-") as scratch:
         source = open_source(recipe.model, Path(scratch))
         structure = structure_of(source.folder, source.trust_remote_code)
     groups = chosen_groups(recipe, structure)
     compress = recipe.compress
-    chosen = STRATEGIES["uniform"](
+    chosen = uniform.allocate(
         [candidate(group) for group in groups], compress.budget.param_ratio, compress.rank_multiple
     )
     rows = []
@@ -50,7 +51,9 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     return {
         "model": str(source.given),
         "method": compress.method,
-        "ranks": "uniform" if compress.allocate == "uniform" else "uniform preview of greedy",
+        "ranks": "uniform"
+        if compress.allocate == "uniform"
+        else f"uniform preview of {compress.allocate}",
         "groups": rows,
         "params_dense": dense,
         "params": params,
@@ -61,17 +64,20 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
 
 def _memory(recipe: Recipe, structure: Structure, groups: list[InputGroup]) -> dict[str, int]:
     """Estimated peak: weights in float32, the moments of one block, and the activations on disk."""
-    needs = METHODS[recipe.compress.method].needs
+    needs = statistics(recipe)
+    gradients = bool(NEED_GRADIENTS & needs)
     weights = sum(linear.params for linear in structure.linears()) * BYTES_F32
     moments = 0
     for group in structure.of_block(0):
-        if needs != "nothing":
+        if needs:
             moments += group.members[0].in_features ** 2 * BYTES_F64
-        if needs == "gradients":
+        if "gradients" in needs:
             moments += sum(member.out_features**2 for member in group.members) * BYTES_F64
+        if "fisher" in needs:
+            moments += sum(member.params for member in group.members) * BYTES_F64
     width = groups[0].members[0].in_features
     tokens = recipe.calibration.samples * recipe.calibration.length
-    boundaries = len(structure.blocks) + 1 if needs == "gradients" else 1
+    boundaries = len(structure.blocks) + 1 if gradients else 1
     return {
         "weights": weights,
         "moments_of_a_block": moments,

@@ -208,7 +208,7 @@ def _license(folder: Path) -> str:
 
 def moment_notes(job: Job, compressed: Compressed) -> tuple[str, ...]:
     """How many moments cannot have full rank, since calibration has fewer tokens than inputs."""
-    if METHODS[job.recipe.compress.method].needs == "nothing":
+    if "inputs" not in METHODS[job.recipe.compress.method].needs:
         return ()
     tokens = load_file(compressed.tokens)["calibration"].size
     starved = sum(row.shape[1] > tokens for row in compressed.plan)

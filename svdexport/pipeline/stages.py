@@ -14,6 +14,7 @@ from svdexport.export.checkpoint import assembled, compressed_config, write_chec
 from svdexport.models.corpus import texts
 from svdexport.models.loader import both_rope_forms
 from svdexport.pipeline import compress
+from svdexport.pipeline.factors import factorize_blocks, importance, statistics
 from svdexport.pipeline.job import Job, ModelUnderWork, key, source_key
 from svdexport.report.result import PlanRow
 
@@ -46,11 +47,17 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
 
     factors = job.work / "factors"
     what = recipe.compress
-    factors_key = key(tokens_key, what.method, what.group, what.targets, what.ignore, what.damping)
+    factors_key = key(
+        tokens_key,
+        *(what.method, what.settings.model_dump(), what.group, what.targets, what.ignore),
+        *(what.damping, sorted(statistics(recipe))),
+    )
     job.stage("factors", factors_key, [factors], lambda: _factors(job, model, tokens, factors))
 
     plan_file, checkpoint = job.work / "plan.json", job.work / "checkpoint"
-    checkpoint_key = key(factors_key, what.budget, what.allocate, what.rank_multiple)
+    checkpoint_key = key(
+        factors_key, what.budget, what.allocate, what.allocation.model_dump(), what.rank_multiple
+    )
     job.stage(
         "checkpoint",
         checkpoint_key,
@@ -80,7 +87,7 @@ def _write_tokens(job: Job, model: ModelUnderWork, path: Path) -> None:
 
 def _factors(job: Job, model: ModelUnderWork, tokens: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    compress.factorize_blocks(
+    factorize_blocks(
         job.recipe,
         model.structure,
         model.model,
@@ -97,10 +104,12 @@ def _assemble(
     low_rank = compress.low_rank_of(plan)
     shutil.rmtree(checkpoint, ignore_errors=True)
     config = both_rope_forms(compressed_config(model.checkpoint.config, low_rank))
-    tensors = assembled(model.checkpoint, low_rank, compress.pair_tensors(plan, factors))
+    tensors = assembled(
+        model.checkpoint, low_rank, compress.pair_tensors(job.recipe.compress, plan, factors)
+    )
     write_checkpoint(checkpoint, model.source.folder, config, tensors)
     compress.save_plan(plan, plan_file)
     (job.work / "base").mkdir(exist_ok=True)
-    save_file(compress.importance(model.structure, factors), job.work / "base" / IMPORTANCE)
+    save_file(importance(model.structure, factors), job.work / "base" / IMPORTANCE)
     for line in compress.strategy(plan):
         job.reporter.note(line)

@@ -1,8 +1,8 @@
 """Recipes: what a run does, as one strict YAML file."""
 
+from svdexport.recipe.hints import did_you_mean
 from svdexport.recipe.load import (
     canonical_json,
-    did_you_mean,
     json_schema,
     load_recipe,
     recipe_hash,

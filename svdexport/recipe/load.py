@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from svdexport.errors import RecipeError
 from svdexport.recipe import strict_yaml
+from svdexport.recipe.hints import did_you_mean
 from svdexport.recipe.schema import Recipe
 
 # Keys that hold paths: in the file relative to the recipe's folder, on the command line to the
@@ -84,16 +84,6 @@ def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors."""
     schema = Recipe.model_json_schema(by_alias=True)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` where a known name is near, else the list of known names."""
-    names = [str(item) for item in known]
-    lowered = {item.lower(): item for item in names}
-    near = difflib.get_close_matches(name.lower()[:100], list(lowered), n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {lowered[near[0]]!r}?"
-    return f"; known here: {', '.join(names)}"
 
 
 def _apply_override(data: dict[str, Any], override: str, where: str) -> None:

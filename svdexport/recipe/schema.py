@@ -17,10 +17,20 @@ from pydantic import (
     Field,
     PlainSerializer,
     PrivateAttr,
+    SerializeAsAny,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
+)
+
+from svdexport.recipe.patterns import Patterns, as_tuple
+from svdexport.recipe.settings import (
+    ALLOCATION_SETTINGS,
+    METHOD_SETTINGS,
+    Settings,
+    settings_of,
+    settings_schema,
 )
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
@@ -55,23 +65,6 @@ def _resolve_path(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _check_pattern(value: str) -> str:
-    if value.startswith("re:"):
-        try:
-            re.compile(value[3:])
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"{value[:80]!r} is not a regular expression ({error})") from None
-    elif not re.fullmatch(r"[\w.-]+", value):
-        raise ValueError(
-            f"{value[:80]!r} is not a module name; for a regular expression write 're:...'"
-        )
-    return value
-
-
 RecipePath: TypeAlias = Annotated[
     Path,
     BeforeValidator(_resolve_path),
@@ -84,7 +77,6 @@ Bytes: TypeAlias = Annotated[
     Field(gt=0),
     WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string"}]}),
 ]
-Pattern: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000)]
 Count: TypeAlias = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -151,16 +143,30 @@ class Budget(_Section):
 class Compress(_Section):
     """What is factorised, how, and how the budget is shared out."""
 
-    method: Literal["svd", "svd_llm", "kfac_svd"] = "kfac_svd"
+    method: Literal[
+        "svd",
+        "fwsvd",
+        "tfwsvd",
+        "asvd",
+        "svd_llm",
+        "svd_llm_v2",
+        "adasvd",
+        "dobi_svd",
+        "basis_sharing",
+        "lorc",
+        "kfac_svd",
+    ] = "kfac_svd"
+    settings: Annotated[
+        SerializeAsAny[Settings], WithJsonSchema(settings_schema(METHOD_SETTINGS))
+    ] = Field(default={}, validate_default=True, description="keys of the method's own")  # type: ignore[assignment]
     group: bool = Field(default=True, description="linears that share an input share one A")
-    targets: Annotated[tuple[Pattern, ...], BeforeValidator(_as_tuple)] = Field(
-        default=("re:.*",), min_length=1, max_length=1000
-    )
-    ignore: Annotated[tuple[Pattern, ...], BeforeValidator(_as_tuple)] = Field(
-        default=("lm_head",), max_length=1000
-    )
+    targets: Patterns = Field(default=("re:.*",), min_length=1, max_length=1000)
+    ignore: Patterns = Field(default=("lm_head",), max_length=1000)
     budget: Budget
-    allocate: Literal["uniform", "greedy"] = "greedy"
+    allocate: Literal["uniform", "greedy", "svd_llm_v2", "adacr"] = "greedy"
+    allocation: Annotated[
+        SerializeAsAny[Settings], WithJsonSchema(settings_schema(ALLOCATION_SETTINGS))
+    ] = Field(default={}, validate_default=True, description="keys of the strategy's own")  # type: ignore[assignment]
     rank_multiple: int = Field(default=32, ge=1, le=4096)
     damping: float = Field(
         default=0.1,
@@ -169,10 +175,16 @@ class Compress(_Section):
         description="added to the moments, as a share of their mean eigenvalue",
     )
 
-    @field_validator("targets", "ignore")
+    @field_validator("settings", "allocation", mode="plain")
     @classmethod
-    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_check_pattern(pattern) for pattern in value)
+    def _own_keys(cls, value: Any, info: ValidationInfo) -> Settings:
+        owner, known = {
+            "settings": ("method", METHOD_SETTINGS),
+            "allocation": ("allocate", ALLOCATION_SETTINGS),
+        }[str(info.field_name)]
+        if owner not in info.data:  # that key has an error of its own
+            return Settings()
+        return settings_of(info.data[owner], value, known)
 
 
 class GgufExport(_Section):
@@ -268,7 +280,7 @@ class Speed(_Section):
 
     threads: int | None = Field(default=None, ge=1, le=1024)
     rounds: int = Field(default=9, ge=1, le=1000)
-    prefill: Annotated[tuple[Count, ...], BeforeValidator(_as_tuple)] = Field(
+    prefill: Annotated[tuple[Count, ...], BeforeValidator(as_tuple)] = Field(
         default=(128, 512), min_length=1, max_length=16
     )
     decode: Count = 64
@@ -292,7 +304,7 @@ class Recipe(_Section):
     model: Model
     calibration: Calibration = Calibration()
     compress: Compress
-    export: Annotated[tuple[Export, ...], BeforeValidator(_as_tuple)] = Field(
+    export: Annotated[tuple[Export, ...], BeforeValidator(as_tuple)] = Field(
         min_length=1, max_length=32
     )
     evaluate: Evaluate = Evaluate()

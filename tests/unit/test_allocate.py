@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svdexport.allocate import STRATEGIES, Candidate
+from svdexport.allocate import STRATEGIES, Allocation, Candidate, greedy, uniform
+from svdexport.allocate.base import by_ratios
 from svdexport.core.lowrank import break_even_rank
 from svdexport.errors import RecipeError
+from svdexport.recipe import Compress
+from svdexport.recipe.settings import ALLOCATION_SETTINGS, Adacr, Settings
 
 
 def candidates(seed: int, count: int = 3) -> list[Candidate]:
@@ -41,7 +45,7 @@ def loss(items: list[Candidate], ranks: dict[str, int | None]) -> float:
 @given(seed=st.integers(0, 10**6), ratio=st.floats(0.3, 1.0), multiple=st.sampled_from([1, 4, 8]))
 def test_greedy_keeps_the_budget_and_the_multiple(seed: int, ratio: float, multiple: int) -> None:
     items = candidates(seed, 5)
-    chosen = STRATEGIES["greedy"](items, ratio, multiple)
+    chosen = greedy.allocate(items, ratio, multiple)
     ranks = {name: c.rank for name, c in chosen.items()}
     assert cost(items, ranks) <= ratio * sum(item.dense_params for item in items)
     for item in items:
@@ -63,7 +67,7 @@ def test_greedy_is_near_the_best_of_all_choices(seed: int) -> None:
         for ranks in itertools.product(*options)
         if cost(items, dict(zip([i.name for i in items], ranks, strict=True))) <= budget
     )
-    chosen = STRATEGIES["greedy"](items, 0.7, 8)
+    chosen = greedy.allocate(items, 0.7, 8)
     found = loss(items, {name: c.rank for name, c in chosen.items()})
     total = sum(float(item.energies.sum()) for item in items if item.energies is not None)
     # one hull segment that does not fit is what greedy may lose against the exact knapsack
@@ -72,22 +76,22 @@ def test_greedy_is_near_the_best_of_all_choices(seed: int) -> None:
 
 def test_greedy_with_too_small_a_budget_says_so() -> None:
     with pytest.raises(RecipeError, match="too small"):
-        STRATEGIES["greedy"](candidates(0), 0.05, 32)
+        greedy.allocate(candidates(0), 0.05, 32)
 
 
 def test_greedy_gives_everything_where_everything_fits() -> None:
-    chosen = STRATEGIES["greedy"](candidates(1), 1.0, 8)
+    chosen = greedy.allocate(candidates(1), 1.0, 8)
     assert all(choice.rank is None for choice in chosen.values())
 
 
 def test_uniform_rounds_to_the_multiple_and_stays_dense_past_break_even() -> None:
     items = [Candidate("wide", 576, 1536), Candidate("tall", 960, 576), Candidate("thin", 8, 64)]
-    chosen = STRATEGIES["uniform"](items, 0.8, 32)
+    chosen = uniform.allocate(items, 0.8, 32)
     assert chosen["wide"].rank == 320  # 0.8 * 576 * 1536 / 2112 = 335
     assert chosen["tall"].rank == 288
     assert chosen["thin"].rank is None
     assert "break-even" in chosen["thin"].reason
-    past = STRATEGIES["uniform"](items, 0.999, 64)  # 418.5 rounds to 448; break-even is 418
+    past = uniform.allocate(items, 0.999, 64)  # 418.5 rounds to 448; break-even is 418
     assert past["wide"].rank is None
     assert "break-even" in past["wide"].reason
 
@@ -97,3 +101,61 @@ def test_break_even_is_the_last_rank_that_saves(m: int, n: int) -> None:
     k = break_even_rank(m, n)
     assert k * (m + n) < m * n
     assert (k + 1) * (m + n) >= m * n
+
+
+def params(items: list[Candidate], chosen: dict[str, Allocation]) -> int:
+    return sum(item.cost(chosen[item.name].rank) for item in items)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), ratio=st.floats(0.3, 1.0), multiple=st.sampled_from([1, 4, 8]))
+def test_ratios_of_a_strategy_are_scaled_to_the_budget(
+    seed: int, ratio: float, multiple: int
+) -> None:
+    items = candidates(seed, 5)
+    wanted = dict(zip([i.name for i in items], (0.2, 0.4, 0.6, 0.9, 1.0), strict=True))
+    chosen = by_ratios(items, wanted, ratio, multiple)
+    budget = ratio * sum(item.dense_params for item in items)
+    assert params(items, chosen) <= budget
+    # one more step of every pair would exceed it: nothing large was left unspent
+    more = sum(
+        item.cost(rank if (rank := chosen[item.name].rank) is None else rank + multiple)
+        for item in items
+    )
+    all_dense = all(choice.rank is None for choice in chosen.values())
+    jump = max(item.dense_params - item.cost(item.ranks(multiple)[-1]) for item in items)
+    assert all_dense or more + jump >= budget
+
+
+def test_adacr_keeps_more_of_blocks_that_change_their_input_less() -> None:
+    energies = np.ones(100)
+    items = [
+        Candidate(f"l{i}", 100, 100, energies, "q", i, similarity)
+        for i, similarity in enumerate((0.9, 0.6, 0.3))
+    ]
+    chosen = STRATEGIES["adacr"].allocate(items, 0.5, 1, Adacr(min_ratio=0.2))
+    # kept = 0.2 + I (0.5 - 0.2), I = similarity / 0.6; rank = kept * 50
+    assert [chosen[f"l{i}"].rank for i in range(3)] == [
+        pytest.approx(50 * (0.2 + 0.3 * s / 0.6), abs=1.0) for s in (0.9, 0.6, 0.3)
+    ]
+
+
+def test_svd_llm_v2_removes_by_the_inverse_logarithm_of_the_loss_within_a_type() -> None:
+    losses = (10.0, 100.0, 1000.0)
+    items = []
+    for i, loss in enumerate(losses):
+        energies = np.zeros(100)
+        energies[-1] = loss**2  # all of it dropped at any rank below 100
+        items.append(Candidate(f"q{i}", 100, 100, energies, "q", i))
+    items.append(Candidate("other", 100, 100, np.ones(100), "o", 0))
+    chosen = STRATEGIES["svd_llm_v2"].allocate(items, 0.6, 1, Settings())
+    inverse = [1 / np.log(loss) for loss in losses]
+    removed = [0.4 * 3 * value / sum(inverse) for value in inverse]
+    found = [chosen[f"q{i}"].rank for i in range(3)]
+    assert found == [pytest.approx(50 * (1 - r), abs=1.0) for r in removed]
+    assert chosen["other"].rank == pytest.approx(30, abs=1)
+
+
+def test_every_strategy_can_be_named_in_a_recipe() -> None:
+    assert set(get_args(Compress.model_fields["allocate"].annotation)) == set(STRATEGIES)
+    assert set(ALLOCATION_SETTINGS) <= set(STRATEGIES)

@@ -142,7 +142,14 @@ def test_moments_of_streaming_are_those_of_one_pass(
     structure = discover(model)
     expected_inputs, expected_gradients = direct_moments(make())
     found = list(
-        calibrate(model, structure, TOKENS, batch=4, gradients=gradients, scratch=tmp_path)
+        calibrate(
+            model,
+            structure,
+            TOKENS,
+            batch=4,
+            statistics={"gradients"} if gradients else (),
+            scratch=tmp_path,
+        )
     )
     order = [moments.block for moments in found]
     assert order == ([2, 1, 0] if gradients else [0, 1, 2])
@@ -157,10 +164,48 @@ def test_moments_of_streaming_are_those_of_one_pass(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_fisher_mean_abs_and_similarity_of_streaming_are_those_of_one_pass(
+    make: Any, tmp_path: Path
+) -> None:
+    model = make().double()
+    structure = discover(model)
+    seen: dict[str, Tensor] = {}
+    for linear in structure.linears():
+
+        def note(_m: Any, args: Any, _o: Any, name: str = linear.name) -> None:
+            rows = args[0].detach().flatten(0, 1)
+            seen.setdefault(name, rows.abs().mean(dim=0))  # the first pass, of all samples
+
+        model.get_submodule(linear.name).register_forward_hook(note)
+    states = model(TOKENS, output_hidden_states=True, use_cache=False).hidden_states
+    cosine = torch.nn.functional.cosine_similarity(states[0], states[1], dim=-1).mean()
+    squares: dict[str, Tensor] = {}
+    model.requires_grad_(True)
+    for sample in TOKENS:  # one sequence at a time, by torch's own gradients of the weights
+        model.zero_grad()
+        logits = model(sample[None], use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[0, :-1], sample[1:], reduction="sum").backward()
+        for linear in structure.linears():
+            module = model.get_submodule(linear.name)
+            gradient = module.weight.grad.square()
+            gradient = gradient.T if type(module).__name__ == "Conv1D" else gradient
+            squares[linear.name] = squares.get(linear.name, 0) + gradient
+    wanted: Any = {"fisher", "mean_abs", "similarity"}
+    found = calibrate(make(), structure, TOKENS, batch=4, statistics=wanted, scratch=tmp_path)
+    for moments in found:
+        assert not moments.gradients
+        for name, fisher in moments.fisher.items():
+            assert torch.allclose(fisher, squares[name], atol=1e-4 * float(squares[name].max()))
+            assert torch.allclose(moments.mean_abs[name], seen[name], atol=1e-5)
+        if moments.block == 0:
+            assert moments.similarity == pytest.approx(float(cosine), abs=1e-5)
+
+
 def test_shared_inputs_are_accumulated_once() -> None:
     model = llama()
     structure = discover(model)
-    for moments in calibrate(model, structure, TOKENS, batch=6, gradients=False, scratch=Path()):
+    for moments in calibrate(model, structure, TOKENS, batch=6, statistics=(), scratch=Path()):
         group = structure.of_block(moments.block)[0]
         assert len({id(moments.inputs[m.name]) for m in group.members}) == 1
         assert moments.inputs[group.leader].rows == TOKENS.numel()

@@ -24,6 +24,7 @@ from svdexport.recipe import (
     recipe_hash,
 )
 from svdexport.recipe.load import validate
+from svdexport.recipe.settings import Asvd
 
 TEXT = """\
 schema: 1
@@ -279,3 +280,23 @@ def test_any_data_is_a_recipe_or_a_recipe_error(data: dict[str, Any]) -> None:
         assert all(line.startswith("r.yaml: ") for line in str(error).splitlines())
     else:
         assert recipe_hash(recipe)
+
+
+def test_settings_belong_to_one_method(path: Path) -> None:
+    recipe = load_recipe(path, ["compress.method=asvd", "compress.settings.alpha=0.25"])
+    assert recipe.compress.settings == Asvd(alpha=0.25)
+    assert load_recipe(path, ["compress.method=asvd"]).compress.settings == Asvd()
+    assert '"settings":{"alpha":0.25}' in canonical_json(recipe)
+    wrong = refuse(path, "compress.method=asvd", "compress.settings.alhpa=0.25")
+    assert "compress.settings: asvd has no key 'alhpa'; did you mean 'alpha'?" in wrong
+    assert "svd_llm has no settings" in refuse(path, "compress.settings.alpha=0.25")
+    assert "compress.settings.alpha: " in refuse(
+        path, "compress.method=asvd", "compress.settings.alpha=many"
+    )
+    assert "did you mean 'min_ratio'?" in refuse(
+        path, "compress.allocate=adacr", "compress.allocation.min_rato=0.1"
+    )
+    assert "not a regular expression" in refuse(
+        path, "compress.method=basis_sharing", "compress.settings.apart=['re:(']"
+    )
+    assert "alpha" in str(json_schema()["$defs"]["Compress"]["properties"]["settings"])

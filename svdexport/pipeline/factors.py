@@ -1,0 +1,220 @@
+"""The factors stage: statistics of one block after another in, nested factors of it out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from svdexport.allocate import STRATEGIES
+from svdexport.core.decompose import Decomposition, relative_errors
+from svdexport.core.lowrank import break_even_rank
+from svdexport.core.moments import Statistic
+from svdexport.factorize import METHODS, GroupData
+from svdexport.models.blocks import InputGroup, Structure, matches, select
+from svdexport.models.calibrate import BlockMoments, calibrate
+from svdexport.models.modules import linear_weight
+from svdexport.pipeline.reporter import Reporter
+from svdexport.recipe import Recipe
+from svdexport.recipe.settings import BasisSharing, DobiSvd
+
+
+def chosen_groups(recipe: Recipe, structure: Structure) -> list[InputGroup]:
+    """Groups of linears that the recipe compresses."""
+    compress = recipe.compress
+    only = METHODS[compress.method].only
+    if only:
+        return select(structure, compress.targets, compress.ignore, False, only)
+    return select(structure, compress.targets, compress.ignore, compress.group)
+
+
+def statistics(recipe: Recipe) -> frozenset[Statistic]:
+    """What calibration must collect for the recipe's method and allocation."""
+    compress = recipe.compress
+    return METHODS[compress.method].needs | STRATEGIES[compress.allocate].needs
+
+
+def factors_file(folder: Path, block: int) -> Path:
+    """File of the nested factors of one block."""
+    return folder / f"block_{block:04d}.safetensors"
+
+
+def factorize_blocks(
+    recipe: Recipe,
+    structure: Structure,
+    model: Any,
+    tokens: Tensor,
+    folder: Path,
+    reporter: Reporter,
+) -> None:
+    """Decompose every chosen group, block by block; one file of nested factors per block."""
+    worker = Factorizer(recipe, structure, model, folder)
+    for moments in _moments([recipe], structure, model, tokens, folder, reporter):
+        worker.take(moments)
+
+
+class Factorizer:
+    """Turns the statistics of blocks, as they come, into files of nested factors.
+
+    A method that works across adjacent blocks gets them together, once all of them have come.
+    """
+
+    def __init__(self, recipe: Recipe, structure: Structure, model: Any, folder: Path) -> None:
+        self.recipe, self.model, self.folder = recipe, model, folder
+        self.groups = chosen_groups(recipe, structure)
+        self.blocks = len(structure.blocks)
+        self._waiting: dict[int, list[BlockMoments]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def take(self, moments: BlockMoments) -> None:
+        """Factorise a block, or keep it until those that it shares with have come."""
+        settings = self.recipe.compress.settings
+        span = settings.layers if isinstance(settings, BasisSharing) else 1
+        first = moments.block // span * span
+        together = self._waiting.setdefault(first, [])
+        together.append(moments)
+        if len(together) == min(span, self.blocks - first):
+            self._factorize(sorted(self._waiting.pop(first), key=lambda m: m.block))
+
+    def _factorize(self, blocks: list[BlockMoments]) -> None:
+        tensors: list[dict[str, Tensor]] = [{} for _ in blocks]
+        per_block = [[g for g in self.groups if g.block == m.block] for m in blocks]
+        for alike in self._shared(per_block):
+            data = [_group_data(self.recipe, self.model, group, blocks[i]) for i, group in alike]
+            for (i, group), given, found in zip(alike, data, self._decompose(data), strict=True):
+                tensors[i] |= self._tensors(group, given, found, blocks[i])
+        for moments, made in zip(blocks, tensors, strict=True):
+            _save(made, factors_file(self.folder, moments.block))
+
+    def _shared(self, blocks: list[list[InputGroup]]) -> Iterator[list[tuple[int, InputGroup]]]:
+        """Groups that are factorised together, each with the number of its block in the list."""
+        settings = self.recipe.compress.settings
+        apart = settings.apart if isinstance(settings, BasisSharing) else ()
+        kinds: dict[tuple[object, ...], list[tuple[int, InputGroup]]] = {}
+        for i, groups in enumerate(blocks):
+            for group in groups:
+                shape = tuple((m.out_features, m.in_features) for m in group.members)
+                alone = i if any(matches(m.name, apart) for m in group.members) else None
+                kinds.setdefault((kind(group), shape, alone), []).append((i, group))
+        yield from kinds.values()
+
+    def _decompose(self, data: Sequence[GroupData]) -> list[Decomposition]:
+        method = METHODS[self.recipe.compress.method]
+        if method.factorize_across is not None:
+            return method.factorize_across(data)
+        return [method.factorize(one) for one in data]
+
+    def _tensors(
+        self, group: InputGroup, data: GroupData, found: Decomposition, moments: BlockMoments
+    ) -> dict[str, Tensor]:
+        errors = relative_errors(data.weights, found, data.inputs)
+        tensors = _pack(group.leader, found, errors) | _importance(group, found, moments)
+        if moments.similarity is not None:
+            tensors[f"{group.leader}.similarity"] = torch.tensor(moments.similarity).double()
+        keep = METHODS[self.recipe.compress.method].keep
+        if keep is not None:
+            tensors |= {f"{group.leader}.keep.{name}": t for name, t in keep(data).items()}
+        return tensors
+
+
+def kind(group: InputGroup) -> str:
+    """What the group is called in every block: ``q_proj+k_proj+v_proj``."""
+    return "+".join(member.name.rpartition(".")[2] for member in group.members)
+
+
+def _moments(
+    recipes: Sequence[Recipe],
+    structure: Structure,
+    model: Any,
+    tokens: Tensor,
+    folder: Path,
+    reporter: Reporter,
+) -> Iterator[BlockMoments]:
+    """Statistics that serve all the recipes, which share their calibration."""
+    needs = frozenset[Statistic]().union(*(statistics(recipe) for recipe in recipes))
+    if not needs:
+        for index in range(len(structure.blocks)):
+            yield BlockMoments(index, {}, {})
+            reporter.progress("factorize", index + 1, len(structure.blocks))
+        return
+    settings = [recipe.compress.settings for recipe in recipes]
+    yield from calibrate(
+        model,
+        structure,
+        tokens,
+        batch=recipes[0].calibration.batch,
+        statistics=needs,
+        scratch=folder,
+        keep_rows=max((s.rows for s in settings if isinstance(s, DobiSvd)), default=0),
+        progress=reporter.progress,
+    )
+
+
+def _group_data(recipe: Recipe, model: Any, group: InputGroup, moments: BlockMoments) -> GroupData:
+    names = [member.name for member in group.members]
+    weights = tuple(linear_weight(model.get_submodule(name)) for name in names)
+    rows = sum(member.out_features for member in group.members)
+    inputs = moments.inputs[names[0]].matrix if names[0] in moments.inputs else None
+    gradients = None
+    if moments.gradients:
+        gradients = tuple(moments.gradients[name].matrix for name in names)
+    fisher = tuple(moments.fisher[name] for name in names) if moments.fisher else None
+    limit = max(1, break_even_rank(rows, group.members[0].in_features))
+    return GroupData(
+        weights,
+        inputs,
+        gradients,
+        limit,
+        recipe.compress.damping,
+        recipe.compress.settings,
+        moments.mean_abs.get(names[0]),
+        fisher,
+        moments.rows.get(names[0]),
+    )
+
+
+def _pack(leader: str, found: Decomposition, errors: Tensor) -> dict[str, Tensor]:
+    return {
+        f"{leader}.a": found.a,
+        f"{leader}.b": found.b,
+        f"{leader}.energies": found.energies,
+        f"{leader}.errors": errors,
+        f"{leader}.damping": torch.tensor(found.damping, dtype=torch.float64),
+    }
+
+
+def _importance(
+    group: InputGroup, found: Decomposition, moments: BlockMoments
+) -> dict[str, Tensor]:
+    """Mean squares of the input channels (n_in,) and of A x (k,), for quantisers; or nothing."""
+    moment = moments.inputs.get(group.leader)
+    if moment is None:
+        return {}
+    h = moment.matrix / max(1, moment.rows)
+    inputs = h.diagonal().float().contiguous()
+    a = found.a.to(h.dtype)
+    rank = ((a @ h) * a).sum(dim=1).float()
+    return {f"{m.name}.inputs": inputs.clone() for m in group.members} | {
+        f"{group.leader}.rank": rank
+    }
+
+
+def importance(structure: Structure, folder: Path) -> dict[str, Tensor]:
+    """What ``_importance`` left in the factor files, of all blocks."""
+    found: dict[str, Tensor] = {}
+    for block in range(len(structure.blocks)):
+        path = factors_file(folder, block)
+        if path.exists():
+            tensors = load_file(path)
+            found |= {k: v for k, v in tensors.items() if k.endswith((".inputs", ".rank"))}
+    return found
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    making = path.with_suffix(".making")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, making)
+    making.replace(path)
