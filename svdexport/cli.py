@@ -301,7 +301,7 @@ def methods(as_json: JsonOpt = False) -> None:
     from svdexport.report.terminal import methods_table
 
     rows = [
-        {"name": m.name, "title": m.title, "needs": sorted(m.needs), "source": m.source}
+        {"name": m.name, "title": m.title, "needs": ", ".join(sorted(m.needs)), "source": m.source}
         for m in METHODS.values()
     ]
     if as_json:

@@ -197,4 +197,5 @@ def energies_of(weight: Tensor, a: Tensor, b: Tensor, moment: Tensor) -> Tensor:
 def orthonormal_in(a: Tensor, moment: Tensor) -> Tensor:
     """Rows with A H A^T = I, row i a combination of A's rows up to i alone."""
     root, _ = damped_cholesky(a @ moment @ a.T, 0.0)
-    return torch.linalg.solve_triangular(root, a, upper=False)
+    basis: Tensor = torch.linalg.solve_triangular(root, a, upper=False)
+    return basis

@@ -32,7 +32,7 @@ def factorize_across(blocks: Sequence[GroupData]) -> list[Decomposition]:
     total = torch.stack(moments).sum(dim=0)
     joint = decompose(stacked, total, max_rank=first.max_rank)
     sizes = [sum(weight.shape[0] for weight in block.weights) for block in blocks]
-    parts = joint.b.split(sizes)
+    parts = torch.split(joint.b, sizes)
     return [
         _own(block, joint.a, part, first.settings.refit)
         for block, part in zip(blocks, parts, strict=True)

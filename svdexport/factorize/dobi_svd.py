@@ -22,7 +22,7 @@ def factorize(data: GroupData) -> Decomposition:
     assert isinstance(data.settings, DobiSvd)
     weight = torch.cat([w.double() for w in data.weights])
     pca = IncrementalPca(weight.shape[0], min(data.max_rank, *weight.shape))
-    for part in data.rows.split(data.settings.part):
+    for part in torch.split(data.rows, data.settings.part):
         pca.add(part.double() @ weight.T)
     directions, energies = pca.directions, pca.energies()
     a = directions.T @ weight

@@ -219,7 +219,7 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
 
     def __enter__(self) -> _Watch:
         for group in self.groups:
-            adders = [self.inputs[group.leader].add]
+            adders: list[Callable[[Tensor], None]] = [self.inputs[group.leader].add]
             for more in (self.mean_abs, self.rows):
                 if group.leader in more:
                     adders.append(more[group.leader].add)
@@ -263,9 +263,9 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
             self.cosine.add(hidden, out)
 
     def moments(self) -> BlockMoments:
-        sums = {**self.inputs, **self.gradients, **self.fisher}
-        for name, found in sums.items():
-            if not torch.isfinite(found.matrix).all():
+        sums: dict[str, Moment | Fisher] = {**self.inputs, **self.gradients, **self.fisher}
+        for name, summed in sums.items():
+            if not torch.isfinite(summed.matrix).all():
                 raise InputError(f"{name}: activations overflow on the calibration text")
         return BlockMoments(
             self.index,

@@ -110,7 +110,7 @@ def methods_table(rows: list[dict[str, str]]) -> RenderableType:
     """Methods with their sources."""
     table = _table(("name", False), ("what it is", False), ("needs", False), ("source", False))
     for row in rows:
-        table.add_row(row["name"], row["title"], ", ".join(row["needs"]) or "–", row["source"])
+        table.add_row(row["name"], row["title"], row["needs"] or "–", row["source"])
     return table
 
 
