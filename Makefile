@@ -24,6 +24,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check svdexport tests tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/audit.py
 
 test: setup lint
 	$(BIN)/python -m pytest tests

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from svdexport.pipeline.distributed import joined, serve
 from svdexport.pipeline.preflight import check_artifact, check_inputs, check_text
 from svdexport.pipeline.recheck import recheck
 from svdexport.pipeline.reporter import Reporter
@@ -32,17 +33,22 @@ def _job(
     restart: bool,
     reporter: Reporter | None,
 ) -> Iterator[Job]:
-    recipe = load_recipe(recipe_path, overrides)
     place = out or Path("out") / recipe_path.stem
-    rundir = RunDir(
-        place, recipe_hash=recipe_hash(recipe), protected=protected(recipe), restart=restart
-    )
-    check_inputs(recipe)
-    from svdexport.pipeline.job import Job, default_threads
+    with joined() as ranks:
+        if ranks is not None and ranks.rank:
+            serve(ranks, recipe_path, overrides, place)
+            raise SystemExit(0)
+        recipe = load_recipe(recipe_path, overrides)
+        rundir = RunDir(
+            place, recipe_hash=recipe_hash(recipe), protected=protected(recipe), restart=restart
+        )
+        check_inputs(recipe)
+        from svdexport.core.ranks import ALONE
+        from svdexport.pipeline.job import Job, default_threads
 
-    threads = recipe.speed.threads or default_threads()
-    with resource_errors(str(rundir.work)), rundir:
-        yield Job(recipe, rundir, reporter or Reporter(quiet=True), threads)
+        threads = recipe.speed.threads or default_threads()
+        with resource_errors(str(rundir.work)), rundir:
+            yield Job(recipe, rundir, reporter or Reporter(quiet=True), threads, ranks or ALONE)
 
 
 def protected(recipe: Recipe) -> list[Path]:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from svdexport import __version__
 from svdexport.errors import EXIT_BUG, SvdexportError
+from svdexport.safety.network import no_network
 
 app = typer.Typer(
     help="Compress language models into low-rank pairs and export them, measured. "
@@ -36,6 +37,9 @@ SetOpt = Annotated[
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+OfflineOpt = Annotated[
+    bool, typer.Option("--offline", help="Refuse every network connection, data sets' too.")
+]
 ThreadsOpt = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--threads", min=1, help="Threads; default: the cores this process may use."),
@@ -66,6 +70,7 @@ def run(
     ] = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
+    offline: OfflineOpt = False,
 ) -> None:
     """Run a recipe from model to verdict; a second call resumes where the first stopped.
 
@@ -75,6 +80,8 @@ def run(
     from svdexport.report.result import to_dict
     from svdexport.report.table import summary
 
+    if offline:
+        no_network(force=True)
     command = shlex.join(["svdexport", *sys.argv[1:]])
     outcome = api.run(
         recipe, out, set_ or [], restart=restart, reporter=_reporter(quiet), command=command
@@ -114,6 +121,7 @@ def compress(
     set_: SetOpt = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
+    offline: OfflineOpt = False,
 ) -> None:
     """Do the stages up to the compressed checkpoint and print its folder; `run` goes on from it.
 
@@ -121,6 +129,8 @@ def compress(
     """
     from svdexport import api
 
+    if offline:
+        no_network(force=True)
     checkpoint = api.compress(recipe, out, set_ or [], reporter=_reporter(quiet))
     if as_json:
         _print_json({"checkpoint": str(checkpoint)})
@@ -135,6 +145,7 @@ def export(
     set_: SetOpt = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
+    offline: OfflineOpt = False,
 ) -> None:
     """Do the stages up to the exported, checked files and print them; `run` goes on from them.
 
@@ -142,6 +153,8 @@ def export(
     """
     from svdexport import api
 
+    if offline:
+        no_network(force=True)
     paths = [str(p) for p in api.export(recipe, out, set_ or [], reporter=_reporter(quiet))]
     if as_json:
         _print_json({"artifacts": paths})
@@ -349,7 +362,7 @@ def _root(
 def main() -> None:
     """Entry point: SvdexportError becomes one line on stderr and its exit code."""
     # the compressed model never needs the network; a library must not try it behind our back
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    no_network(force=False)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     try:

@@ -53,11 +53,10 @@ def damped_cholesky(moment: Tensor, damping: float) -> tuple[Tensor, float]:
     mean = float(moment.diagonal().mean())
     if not torch.isfinite(moment).all():
         raise ValueError("the moment matrix has NaN or infinite entries")
-    eye = torch.eye(moment.shape[0], dtype=moment.dtype)
     if mean <= 0.0:
-        return eye, 1.0
+        return torch.eye(moment.shape[0], dtype=moment.dtype), 1.0
     for _ in range(MAX_RETRIES):
-        factor, info = torch.linalg.cholesky_ex(moment + damping * mean * eye)
+        factor, info = torch.linalg.cholesky_ex(_plus_diagonal(moment, damping * mean))
         if int(info) == 0:
             return factor, damping
         damping = max(damping * 10.0, 1e-12)
@@ -94,8 +93,14 @@ def decompose(
 
 def _damped(moment: Tensor, damping: float) -> Tensor:
     mean = float(moment.diagonal().mean())
-    scale = damping * mean if mean > 0.0 else 1.0
-    return moment + scale * torch.eye(moment.shape[0], dtype=moment.dtype)
+    return _plus_diagonal(moment, damping * mean if mean > 0.0 else 1.0)
+
+
+def _plus_diagonal(matrix: Tensor, value: float) -> Tensor:
+    """matrix + value I, without an identity of that size."""
+    result = matrix.clone()
+    result.diagonal().add_(value)
+    return result
 
 
 def _by_inputs(

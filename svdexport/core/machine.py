@@ -39,3 +39,14 @@ def describe() -> dict[str, str | int | float]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of a container's limit."""
+    free = int(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    try:
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no limit ("max"), or another kind of system
+        return free
+    return max(free, 0)

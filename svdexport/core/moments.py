@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from svdexport.core.ranks import Ranks
+
 # What a method or an allocation strategy may ask calibration for:
 #   inputs      H = sum of x x^T (n, n)          gradients   G = sum of g g^T (m, m)
 #   mean_abs    mean of |x| (n,)                 fisher      sum over samples of (dL/dW)^2 (m, n)
@@ -36,6 +38,11 @@ class Moment:
             self.matrix += chunk.T @ chunk
         self.rows += rows.shape[0]
 
+    def share(self, ranks: Ranks) -> None:
+        """Add up what all processes of a run have, on all of them."""
+        ranks.sum(self.matrix)
+        self.rows = int(ranks.sum(torch.tensor(self.rows)))
+
 
 class MeanAbs:
     """Mean of |x| over rows, shape (n,), float64."""
@@ -50,6 +57,11 @@ class MeanAbs:
         self.total += rows.abs().double().sum(dim=0)
         self.rows += rows.shape[0]
 
+    def share(self, ranks: Ranks) -> None:
+        """Add up what all processes of a run have, on all of them."""
+        ranks.sum(self.total)
+        self.rows = int(ranks.sum(torch.tensor(self.rows)))
+
     def value(self) -> Tensor:
         """The mean, (n,)."""
         return self.total / max(1, self.rows)
@@ -58,7 +70,8 @@ class MeanAbs:
 class FirstRows:
     """The first ``count`` rows, as they come."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, width: int) -> None:
+        self.width = width
         self.count, self.parts, self.rows = count, list[Tensor](), 0
 
     def add(self, x: Tensor) -> None:
@@ -67,6 +80,15 @@ class FirstRows:
         if len(rows):
             self.parts.append(rows.clone())
             self.rows += len(rows)
+
+    def share(self, ranks: Ranks) -> None:
+        """Rank 0's rows, on all processes."""
+        if ranks.size == 1:
+            return
+        count = int(ranks.broadcast(torch.tensor(self.rows)))
+        own = torch.cat(self.parts) if self.parts else torch.zeros(0)
+        rows = own if ranks.rank == 0 else torch.zeros(count, self.width)
+        self.parts, self.rows = [ranks.broadcast(rows.float().contiguous())], count
 
     def value(self) -> Tensor:
         """The rows, (rows, n)."""
@@ -84,6 +106,11 @@ class MeanCosine:
         cosines = torch.nn.functional.cosine_similarity(x.detach(), y.detach(), dim=-1)
         self.total += float(cosines.double().sum())
         self.rows += cosines.numel()
+
+    def share(self, ranks: Ranks) -> None:
+        """Add up what all processes of a run have, on all of them."""
+        sums = ranks.sum(torch.tensor([self.total, self.rows], dtype=torch.float64))
+        self.total, self.rows = float(sums[0]), int(sums[1])
 
     def value(self) -> float:
         """The mean."""
@@ -109,3 +136,7 @@ class Fisher:
         for one, grad in zip(x.detach(), g.detach(), strict=True):
             gradient = grad.reshape(-1, g.shape[-1]).T @ one.reshape(-1, x.shape[-1])
             self.matrix += gradient.double().square()
+
+    def share(self, ranks: Ranks) -> None:
+        """Add up what all processes of a run have, on all of them."""
+        ranks.sum(self.matrix)

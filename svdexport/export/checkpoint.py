@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -10,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from svdexport.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, PairSpec, low_rank_config
 from svdexport.export.base import Exported, ExportRequest, TensorRecord
+from svdexport.export.safetensors_write import SafetensorsWriter
 from svdexport.files import write_atomic
 from svdexport.recipe import CheckpointExport
 from svdexport.safety.headers import check_safetensors
@@ -46,37 +47,30 @@ def write_checkpoint(
 
     Args:
         out: folder to create. source: folder whose tokenizer files are copied as they are.
-        tensors: streamed; at most one shard of them is held.
+        tensors: streamed, one of them is held.
 
     Returns: what was meant to be written, by tensor name.
     """
     out.mkdir(parents=True)
     records: dict[str, TensorRecord] = {}
     shards: list[list[str]] = []
-    for number, shard in enumerate(_shards(tensors)):
-        for name, tensor in shard.items():
+    writer: SafetensorsWriter | None = None
+    with contextlib.ExitStack() as stack:
+        for name, tensor in tensors:
             records[name] = _record(tensor)
-        save_file(shard, out / f"shard-{number}", metadata={"format": "pt"})
-        shards.append(list(shard))
+            if writer is None or writer.nbytes + records[name].nbytes > SHARD_BYTES:
+                stack.close()
+                path = out / f"shard-{len(shards)}"
+                writer = stack.enter_context(SafetensorsWriter(path))
+                shards.append([])
+            writer.add(name, tensor)
+            shards[-1].append(name)
     _name_shards(out, shards, records)
     write_atomic(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     return records
-
-
-def _shards(tensors: Iterable[Named]) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if shard and size + nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor.contiguous()
-        size += nbytes
-    yield shard
 
 
 def _name_shards(out: Path, shards: list[list[str]], records: dict[str, TensorRecord]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import InputError, MissingExtraError
+from svdexport.files import atomic_file
 from svdexport.runtimes.gguf_file import GgufFile
 
 CONVERTER_VARIABLE = "SVDEXPORT_GGUF_CONVERTER"
@@ -77,23 +78,24 @@ def exact_outtype(checkpoint: Checkpoint) -> str:
 
 
 def convert(source: Path, out: Path, outtype: str) -> None:
-    """Run llama.cpp's converter; its output appears under ``out`` whole or not at all."""
-    part = out.with_suffix(".part")
-    command = [sys.executable, str(converter()), str(source.resolve()), "--outtype", outtype]
-    done = subprocess.run(
-        [*command, "--outfile", str(part)],
-        check=False,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
-    )
-    if done.returncode or not part.exists():
-        part.unlink(missing_ok=True)
-        raise InputError(
-            f"{source}: llama.cpp's converter refuses this model: {last_words(done.stderr)}"
+    """Run llama.cpp's converter; its output appears under ``out`` whole or not at all.
+
+    It writes to a name of its own: where a run was killed, its converter may still be writing.
+    """
+    with atomic_file(out) as part:
+        command = [sys.executable, str(converter()), str(source.resolve()), "--outtype", outtype]
+        done = subprocess.run(
+            [*command, "--outfile", str(part)],
+            check=False,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
         )
-    part.replace(out)
+        if done.returncode or not part.stat().st_size:
+            raise InputError(
+                f"{source}: llama.cpp's converter refuses this model: {last_words(done.stderr)}"
+            )
 
 
 def converter() -> Path:

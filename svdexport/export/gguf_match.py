@@ -121,7 +121,7 @@ class ContentIndex:
         for name, matrix in matrices:
             for transposed in (False, True):
                 oriented = matrix.T if transposed else matrix
-                rows = row_digests([oriented])
+                rows = row_digests(_row_chunks(oriented))
                 places = self._by_key.get(_key(oriented.shape[1], rows))
                 if places:
                     digests[name] = rows
@@ -151,6 +151,12 @@ class ContentIndex:
             if np.array_equal(mine if like.order is None else mine[like.order], there):
                 settled[name] = replace(match, order=like.order, sure=True)
         return settled
+
+
+def _row_chunks(matrix: np.ndarray) -> Iterator[np.ndarray]:
+    step = max(1, CHUNK_ELEMENTS // matrix.shape[1])
+    for start in range(0, matrix.shape[0], step):
+        yield matrix[start : start + step]
 
 
 def _key(columns: int, digests: np.ndarray) -> tuple[int, int, str]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,8 +25,11 @@ from svdexport.core.moments import (
     Moment,
     Statistic,
 )
+from svdexport.core.ranks import ALONE, Ranks
 from svdexport.errors import InputError
+from svdexport.models.activations import Activations
 from svdexport.models.blocks import Structure, record_inputs, run_block, tail_gradient
+from svdexport.models.weights import Weights, as_weights
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -54,7 +56,7 @@ class BlockMoments:
 
 
 def calibrate(
-    model: nn.Module,
+    model: nn.Module | Weights,
     structure: Structure,
     tokens: Tensor,
     *,
@@ -62,40 +64,47 @@ def calibrate(
     statistics: Collection[Statistic],
     scratch: Path,
     keep_rows: int = 0,
+    skip: Collection[int] = (),
+    ranks: Ranks = ALONE,
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[BlockMoments]:
     """Yield the statistics of every block; in order, or last to first where gradients are needed.
+
+    A streamed model's block is in memory only while samples pass through it, not while the caller
+    works on its statistics.
 
     Args:
         tokens: calibration samples, (samples, length), int64.
         batch: samples that run together.
         statistics: what to collect; the inputs' moments always are. Gradients are those of the
             summed next-token loss.
-        scratch: folder for the activations of all block boundaries (only for gradients:
-            4 bytes x samples x length x width x (blocks + 1)).
+        scratch: folder for a file with the activations: 4 bytes x samples x length x width, and
+            for gradients that x (blocks + 1), one for each boundary of blocks.
         keep_rows: input rows of each linear that the statistic ``rows`` keeps in memory.
+        skip: blocks whose statistics are not wanted.
+        ranks: processes that share the samples; all get the statistics over all samples.
     """
-    model.eval().requires_grad_(False)
-    sweep = _Sweep(model, structure, tokens, batch, _Wanted(frozenset(statistics), keep_rows))
-    if not NEED_GRADIENTS & sweep.wanted.statistics:
-        yield from sweep.forward(progress)
+    weights = as_weights(model)
+    weights.model.eval().requires_grad_(False)
+    blocks = [i for i in range(len(structure.blocks)) if i not in skip]
+    if not blocks:
         return
-    shape = (len(structure.blocks) + 1, *tokens.shape, sweep.width)
-    path = scratch / "activations.bin"
-    store = np.memmap(path, dtype=np.float32, mode="w+", shape=shape)
+    wanted = _Wanted(frozenset(statistics), keep_rows, blocks)
+    sweep = _Sweep(weights, structure, tokens, batch, wanted, scratch / "activations.bin", ranks)
+    backward = bool(NEED_GRADIENTS & wanted.statistics)
     try:
-        yield from sweep.backward(store, progress)
+        yield from (sweep.backward if backward else sweep.forward)(progress)
     finally:
-        del store
-        path.unlink(missing_ok=True)
+        sweep.store.close()
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What the hooks collect."""
+    """What the hooks collect, and in which blocks (in order)."""
 
     statistics: frozenset[Statistic]
     keep_rows: int
+    blocks: list[int]
 
 
 class _Sweep:
@@ -103,85 +112,96 @@ class _Sweep:
 
     def __init__(
         self,
-        model: nn.Module,
+        weights: Weights,
         structure: Structure,
         tokens: Tensor,
         batch: int,
         wanted: _Wanted,
+        store: Path,
+        ranks: Ranks,
     ) -> None:
-        self.model, self.structure, self.tokens = model, structure, tokens
-        self.wanted = wanted
-        self.slices = [slice(i, i + batch) for i in range(0, tokens.shape[0], batch)]
-        recorded = record_inputs(model, structure, tokens[:1])
-        self.width = recorded.hidden.shape[-1]
-        self._calls: dict[int, Any] = {}
-
-    def embed(self, part: slice) -> Tensor:
-        return record_inputs(self.model, self.structure, self.tokens[part]).hidden
+        self.weights, self.structure, self.tokens = weights, structure, tokens
+        self.wanted, self.ranks = wanted, ranks
+        # whole batches are shared out, so that each one's rounding does not depend on the ranks
+        starts = range(0, tokens.shape[0], batch)[ranks.rank :: ranks.size]
+        self.slices = [slice(i, i + batch) for i in starts]
+        self._calls: dict[int, Any] = {}  # by batch size: no sample is padded
+        with weights.ends() as model:
+            width = record_inputs(model, structure, tokens[:1]).hidden.shape[-1]
+            self.store = Activations(store, tokens.shape[0], tokens.shape[1], width)
+            for part in self.slices:
+                recorded = record_inputs(model, structure, tokens[part])
+                self._calls[recorded.hidden.shape[0]] = recorded.calls
+                self.store.put(0, part, recorded.hidden)
 
     def call(self, part: slice, block: int) -> Any:
-        """Arguments of a block: they depend on the batch's size alone, no sample is padded."""
-        size = self.tokens[part].shape[0]
-        if size not in self._calls:
-            inputs = record_inputs(self.model, self.structure, self.tokens[part])
-            self._calls[size] = inputs.calls
-        return self._calls[size][block]
+        """Further arguments of a block for one batch."""
+        return self._calls[self.tokens[part].shape[0]][block]
+
+    def hidden(self, boundary: int, part: slice) -> Tensor:
+        return self.store.get(boundary, part, self.tokens[part].shape[0])
 
     def forward(self, progress: Progress) -> Iterator[BlockMoments]:
-        hidden = [self.embed(part) for part in self.slices]
+        """Boundaries take each other's place in the file."""
         total = len(self.structure.blocks)
-        for index, path in enumerate(self.structure.blocks):
-            block = self.model.get_submodule(path)
-            watch = _Watch(self.model, self.structure, index, self.wanted)
-            with watch, torch.no_grad():
-                for i, part in enumerate(self.slices):
-                    out = run_block(block, hidden[i], self.call(part, index))
-                    watch.compare(hidden[i], out)
-                    hidden[i] = out
-            progress("calibrate", index + 1, total)
-            yield watch.moments()
-
-    def backward(self, store: np.memmap[Any, Any], progress: Progress) -> Iterator[BlockMoments]:
-        total = len(self.structure.blocks)
-        for part in self.slices:
-            store[0, part] = self.embed(part).numpy()
-        for index, path in enumerate(self.structure.blocks):
-            block = self.model.get_submodule(path)
-            with torch.no_grad():
+        for index, path in enumerate(self.structure.blocks[: self.wanted.blocks[-1] + 1]):
+            watch = _Watch(self.weights.model, self.structure, index, self.wanted)
+            with self.weights.block(path) as block, torch.no_grad(), contextlib.ExitStack() as s:
+                if index in self.wanted.blocks:
+                    s.enter_context(watch)
                 for part in self.slices:
-                    out = run_block(block, self._load(store, index, part), self.call(part, index))
-                    store[index + 1, part] = out.numpy()
+                    hidden = self.hidden(0, part)
+                    out = run_block(block, hidden, self.call(part, index))
+                    watch.compare(hidden, out)
+                    self.store.put(0, part, out)
+            progress("calibrate", index + 1, total)
+            if index in self.wanted.blocks:
+                yield watch.moments(self.ranks)
+
+    def backward(self, progress: Progress) -> Iterator[BlockMoments]:
+        """Boundary i is the input of block i; the last one turns from outputs to gradients."""
+        total = len(self.structure.blocks)
+        for index, path in enumerate(self.structure.blocks):
+            with self.weights.block(path) as block, torch.no_grad():
+                for part in self.slices:
+                    out = run_block(block, self.hidden(index, part), self.call(part, index))
+                    self.store.put(index + 1, part, out)
             progress("forward", index + 1, total)
-        gradients = [self._tail(store[total, part], self.tokens[part]) for part in self.slices]
-        for index in reversed(range(total)):
-            yield self._backward_block(store, index, gradients)
+        with self.weights.ends():
+            for part in self.slices:
+                self.store.put(total, part, self._tail(part))
+        for index in reversed(range(self.wanted.blocks[0], total)):
+            watch = _Watch(self.weights.model, self.structure, index, self.wanted)
+            with contextlib.ExitStack() as stack:
+                if index in self.wanted.blocks:
+                    stack.enter_context(watch)
+                self._backward_block(index, watch)
             progress("calibrate", total - index, total)
+            if index in self.wanted.blocks:
+                yield watch.moments(self.ranks)
 
-    def _load(self, store: np.memmap[Any, Any], index: int, part: slice) -> Tensor:
-        return torch.from_numpy(np.array(store[index, part]))
-
-    def _tail(self, hidden: np.ndarray, tokens: Tensor) -> Tensor:
+    def _tail(self, part: slice) -> Tensor:
         """One sample at a time: the head's logits are the widest tensor of the model."""
+        hidden, tokens = self.hidden(len(self.structure.blocks), part), self.tokens[part]
         rows = [
-            tail_gradient(
-                self.model, self.structure, tokens[i : i + 1], torch.from_numpy(hidden[i : i + 1])
-            )
+            tail_gradient(self.weights.model, self.structure, tokens[i : i + 1], hidden[i : i + 1])
             for i in range(tokens.shape[0])
         ]
         return torch.cat(rows)
 
-    def _backward_block(
-        self, store: np.memmap[Any, Any], index: int, gradients: list[Tensor]
-    ) -> BlockMoments:
-        block = self.model.get_submodule(self.structure.blocks[index])
-        watch = _Watch(self.model, self.structure, index, self.wanted)
-        with watch, torch.enable_grad():
-            for i, part in enumerate(self.slices):
-                hidden = self._load(store, index, part).requires_grad_(True)
+    def _backward_block(self, index: int, watch: _Watch) -> None:
+        """The gradient at the block's output becomes that at its input, in the same place."""
+        last = len(self.structure.blocks)
+        with (
+            self.weights.block(self.structure.blocks[index]) as block,
+            torch.enable_grad(),
+        ):
+            for part in self.slices:
+                hidden = self.hidden(index, part).requires_grad_(True)
                 out = run_block(block, hidden, self.call(part, index))
                 watch.compare(hidden.detach(), out.detach())
-                (gradients[i],) = torch.autograd.grad(out, hidden, gradients[i])
-        return watch.moments()
+                (gradient,) = torch.autograd.grad(out, hidden, self.hidden(last, part))
+                self.store.put(last, part, gradient)
 
 
 class _Watch(contextlib.AbstractContextManager["_Watch"]):
@@ -208,7 +228,7 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
             if "mean_abs" in statistics:
                 self.mean_abs |= dict.fromkeys(names, MeanAbs(width))
             if "rows" in statistics:
-                self.rows |= dict.fromkeys(names, FirstRows(wanted.keep_rows))
+                self.rows |= dict.fromkeys(names, FirstRows(wanted.keep_rows, width))
             for m in group.members:
                 if "gradients" in statistics:
                     self.gradients[m.name] = Moment(m.out_features)
@@ -262,7 +282,11 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
         if "similarity" in self.statistics:
             self.cosine.add(hidden, out)
 
-    def moments(self) -> BlockMoments:
+    def moments(self, ranks: Ranks) -> BlockMoments:
+        collected = [self.inputs, self.mean_abs, self.rows, self.gradients, self.fisher]
+        found: dict[int, Any] = {id(one): one for part in collected for one in part.values()}
+        for one in (*found.values(), self.cosine):  # in the same order on all ranks
+            one.share(ranks)
         sums: dict[str, Moment | Fisher] = {**self.inputs, **self.gradients, **self.fisher}
         for name, summed in sums.items():
             if not torch.isfinite(summed.matrix).all():

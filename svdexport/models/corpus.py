@@ -42,6 +42,12 @@ def texts(
     return samples, written[-evaluate.windows :, : evaluate.context].contiguous()
 
 
+def model_writes(calibration: Calibration, evaluate: Evaluate) -> str:
+    """Which of the texts the model writes itself, for people; empty where none."""
+    own = {"calibration": calibration.source == "self", "evaluation": evaluate.text is None}
+    return " and ".join(name for name, by_model in own.items() if by_model)
+
+
 def _written(
     calibration: Calibration, evaluate: Evaluate, model: Any, progress: Progress
 ) -> Tensor | None:

@@ -17,7 +17,7 @@ from svdexport.core.lowrank import FactorPair
 from svdexport.factorize import METHODS, split_outputs
 from svdexport.files import write_atomic
 from svdexport.models.blocks import InputGroup, Structure
-from svdexport.pipeline.factors import chosen_groups, factors_file
+from svdexport.pipeline.factors import chosen_groups, factors_file, read_factors
 from svdexport.recipe import Compress, Recipe
 from svdexport.report.result import PlanRow
 
@@ -38,9 +38,8 @@ def allocate_ranks(recipe: Recipe, structure: Structure, folder: Path) -> list[G
     groups = chosen_groups(recipe, structure)
     found: dict[str, Tensor] = {}
     for block in sorted({group.block for group in groups}):
-        tensors = load_file(factors_file(folder, block))
         wanted = (".energies", ".errors", ".similarity")
-        found |= {name: tensor for name, tensor in tensors.items() if name.endswith(wanted)}
+        found |= read_factors(factors_file(folder, block), wanted)
     candidates = []
     for group in groups:
         similarity = found.get(f"{group.leader}.similarity")

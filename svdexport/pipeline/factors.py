@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from svdexport.allocate import STRATEGIES
-from svdexport.core.decompose import Decomposition, relative_errors
+from svdexport.core.decompose import INPUT_DAMPING, Decomposition, relative_errors
 from svdexport.core.lowrank import break_even_rank
 from svdexport.core.moments import Statistic
+from svdexport.core.ranks import ALONE, Ranks
 from svdexport.factorize import METHODS, GroupData
+from svdexport.files import atomic_file
 from svdexport.models.blocks import InputGroup, Structure, matches, select
 from svdexport.models.calibrate import BlockMoments, calibrate
-from svdexport.models.modules import linear_weight
+from svdexport.models.weights import Weights, as_weights
 from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import Recipe
 from svdexport.recipe.settings import BasisSharing, DobiSvd
@@ -43,18 +46,43 @@ def factors_file(folder: Path, block: int) -> Path:
     return folder / f"block_{block:04d}.safetensors"
 
 
+def finished_blocks(recipe: Recipe, structure: Structure, folder: Path) -> list[int]:
+    """Blocks whose factors are in the folder; of those factorised together all or none."""
+    span, count = span_of(recipe), len(structure.blocks)
+    done = [factors_file(folder, block).exists() for block in range(count)]
+    return [b for b in range(count) if all(done[b // span * span : b // span * span + span])]
+
+
+def span_of(recipe: Recipe) -> int:
+    """Adjacent blocks that the method factorises together."""
+    settings = recipe.compress.settings
+    return settings.layers if isinstance(settings, BasisSharing) else 1
+
+
 def factorize_blocks(
     recipe: Recipe,
     structure: Structure,
-    model: Any,
+    model: nn.Module | Weights,
     tokens: Tensor,
     folder: Path,
     reporter: Reporter,
+    finished: Collection[int] = (),
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Decompose every chosen group, block by block; one file of nested factors per block."""
-    worker = Factorizer(recipe, structure, model, folder)
-    for moments in _moments([recipe], structure, model, tokens, folder, reporter):
+    """Decompose every chosen group, block by block; one file of nested factors per block.
+
+    Args:
+        finished: blocks that are not worked on again.
+        ranks: processes that share samples and groups; rank 0 writes the files.
+    """
+    weights = as_weights(model)
+    worker = Factorizer(recipe, structure, weights, folder, ranks)
+    scratch = folder.with_name(f"activations-{ranks.rank}")
+    scratch.mkdir(parents=True, exist_ok=True)
+    found = _moments([recipe], structure, weights, tokens, scratch, reporter, finished, ranks)
+    for moments in found:
         worker.take(moments)
+    shutil.rmtree(scratch)
 
 
 class Factorizer:
@@ -63,8 +91,16 @@ class Factorizer:
     A method that works across adjacent blocks gets them together, once all of them have come.
     """
 
-    def __init__(self, recipe: Recipe, structure: Structure, model: Any, folder: Path) -> None:
-        self.recipe, self.model, self.folder = recipe, model, folder
+    def __init__(
+        self,
+        recipe: Recipe,
+        structure: Structure,
+        model: nn.Module | Weights,
+        folder: Path,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.recipe, self.weights, self.folder = recipe, as_weights(model), folder
+        self.ranks = ranks
         self.groups = chosen_groups(recipe, structure)
         self.blocks = len(structure.blocks)
         self._waiting: dict[int, list[BlockMoments]] = {}
@@ -72,8 +108,7 @@ class Factorizer:
 
     def take(self, moments: BlockMoments) -> None:
         """Factorise a block, or keep it until those that it shares with have come."""
-        settings = self.recipe.compress.settings
-        span = settings.layers if isinstance(settings, BasisSharing) else 1
+        span = span_of(self.recipe)
         first = moments.block // span * span
         together = self._waiting.setdefault(first, [])
         together.append(moments)
@@ -83,12 +118,14 @@ class Factorizer:
     def _factorize(self, blocks: list[BlockMoments]) -> None:
         tensors: list[dict[str, Tensor]] = [{} for _ in blocks]
         per_block = [[g for g in self.groups if g.block == m.block] for m in blocks]
-        for alike in self._shared(per_block):
-            data = [_group_data(self.recipe, self.model, group, blocks[i]) for i, group in alike]
+        for alike in shares(list(self._shared(per_block)), self.ranks.size)[self.ranks.rank]:
+            data = [_group_data(self.recipe, self.weights, group, blocks[i]) for i, group in alike]
             for (i, group), given, found in zip(alike, data, self._decompose(data), strict=True):
                 tensors[i] |= self._tensors(group, given, found, blocks[i])
         for moments, made in zip(blocks, tensors, strict=True):
-            _save(made, factors_file(self.folder, moments.block))
+            gathered = self.ranks.gather(made)
+            if self.ranks.rank == 0:
+                _save(gathered, factors_file(self.folder, moments.block))
 
     def _shared(self, blocks: list[list[InputGroup]]) -> Iterator[list[tuple[int, InputGroup]]]:
         """Groups that are factorised together, each with the number of its block in the list."""
@@ -121,6 +158,23 @@ class Factorizer:
         return tensors
 
 
+Alike = list[tuple[int, InputGroup]]
+
+
+def shares(work: list[Alike], count: int) -> list[list[Alike]]:
+    """The groups by process: the costliest first, each to the one with the least to do."""
+
+    def cost(alike: Alike) -> int:
+        rows = sum(m.out_features for _, group in alike for m in group.members)
+        columns = alike[0][1].members[0].in_features
+        return rows * columns * min(rows, columns)
+
+    parts: list[list[Alike]] = [[] for _ in range(count)]
+    for alike in sorted(work, key=cost, reverse=True):
+        min(parts, key=lambda part: sum(map(cost, part))).append(alike)
+    return parts
+
+
 def kind(group: InputGroup) -> str:
     """What the group is called in every block: ``q_proj+k_proj+v_proj``."""
     return "+".join(member.name.rpartition(".")[2] for member in group.members)
@@ -129,34 +183,41 @@ def kind(group: InputGroup) -> str:
 def _moments(
     recipes: Sequence[Recipe],
     structure: Structure,
-    model: Any,
+    weights: Weights,
     tokens: Tensor,
-    folder: Path,
+    scratch: Path,
     reporter: Reporter,
+    skip: Collection[int] = (),
+    ranks: Ranks = ALONE,
 ) -> Iterator[BlockMoments]:
     """Statistics that serve all the recipes, which share their calibration."""
     needs = frozenset[Statistic]().union(*(statistics(recipe) for recipe in recipes))
     if not needs:
         for index in range(len(structure.blocks)):
-            yield BlockMoments(index, {}, {})
+            if index not in skip:
+                yield BlockMoments(index, {}, {})
             reporter.progress("factorize", index + 1, len(structure.blocks))
         return
     settings = [recipe.compress.settings for recipe in recipes]
     yield from calibrate(
-        model,
+        weights,
         structure,
         tokens,
         batch=recipes[0].calibration.batch,
         statistics=needs,
-        scratch=folder,
+        scratch=scratch,
         keep_rows=max((s.rows for s in settings if isinstance(s, DobiSvd)), default=0),
+        skip=skip,
+        ranks=ranks,
         progress=reporter.progress,
     )
 
 
-def _group_data(recipe: Recipe, model: Any, group: InputGroup, moments: BlockMoments) -> GroupData:
+def _group_data(
+    recipe: Recipe, model: Weights, group: InputGroup, moments: BlockMoments
+) -> GroupData:
     names = [member.name for member in group.members]
-    weights = tuple(linear_weight(model.get_submodule(name)) for name in names)
+    weights = tuple(model.linear(name) for name in names)
     rows = sum(member.out_features for member in group.members)
     inputs = moments.inputs[names[0]].matrix if names[0] in moments.inputs else None
     gradients = None
@@ -207,14 +268,46 @@ def importance(structure: Structure, folder: Path) -> dict[str, Tensor]:
     """What ``_importance`` left in the factor files, of all blocks."""
     found: dict[str, Tensor] = {}
     for block in range(len(structure.blocks)):
-        path = factors_file(folder, block)
-        if path.exists():
-            tensors = load_file(path)
-            found |= {k: v for k, v in tensors.items() if k.endswith((".inputs", ".rank"))}
+        if factors_file(folder, block).exists():
+            found |= read_factors(factors_file(folder, block), (".inputs", ".rank"))
     return found
 
 
+def moment_trouble(structure: Structure, folder: Path) -> Iterator[str]:
+    """What was odd about the moments: those that needed damping, and channels without a signal."""
+    dampings: list[float] = []
+    dead: dict[str, int] = {}
+    for block in range(len(structure.blocks)):
+        if not factors_file(folder, block).exists():
+            continue
+        for name, tensor in read_factors(
+            factors_file(folder, block), (".damping", ".inputs")
+        ).items():
+            if name.endswith(".damping"):
+                dampings.append(float(tensor))
+            elif count := int((tensor == 0).sum()):
+                dead[name.removesuffix(".inputs")] = count
+    damped = [value for value in dampings if value > INPUT_DAMPING]
+    if damped:
+        yield (
+            f"{len(damped)} of {len(dampings)} moments were singular and were damped, by up to "
+            f"{max(damped):.0e} of their mean eigenvalue"
+        )
+    if dead:
+        some = ", ".join(list(dead)[:3]) + (", ..." if len(dead) > 3 else "")
+        yield (
+            f"{len(dead)} linears have input channels that are zero on all of the calibration "
+            f"text (up to {max(dead.values())}): {some}"
+        )
+
+
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    making = path.with_suffix(".making")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, making)
-    making.replace(path)
+    with atomic_file(path) as making:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, making)
+
+
+def read_factors(path: Path, endings: tuple[str, ...]) -> dict[str, Tensor]:
+    """Tensors of a factor file by the ends of their names; no other is read."""
+    with safe_open(path, framework="pt") as file:
+        wanted = [name for name in file.keys() if name.endswith(endings)]  # noqa: SIM118
+        return {name: file.get_tensor(name).clone() for name in wanted}

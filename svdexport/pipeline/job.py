@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -17,11 +18,15 @@ import torch
 
 from svdexport import __version__
 from svdexport.checkpoint import Checkpoint
+from svdexport.core.machine import free_memory
+from svdexport.core.ranks import ALONE, Ranks
 from svdexport.models.blocks import Structure, discover
 from svdexport.models.loader import Source, load_model, load_tokenizer, open_source, structure_of
+from svdexport.models.weights import StreamedWeights, Weights
 from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import Recipe
 from svdexport.rundir import RunDir
+from svdexport.safety import check_safetensors
 
 PACKAGES = (
     "torch",
@@ -38,12 +43,15 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what to do (recipe), where (folders), and how to tell people (reporter)."""
+    """One run: what to do (recipe), where (folders), how to tell people (reporter), and with whom
+    (ranks).
+    """
 
     recipe: Recipe
     rundir: RunDir
     reporter: Reporter
     threads: int
+    ranks: Ranks = ALONE
 
     @property
     def work(self) -> Path:
@@ -76,6 +84,24 @@ class ModelUnderWork:
             return discover(self.model)
 
     @cached_property
+    def memory(self) -> Memory:
+        """Whether the weights are streamed, and a line that says why."""
+        ranks = self.job.ranks
+        size = sum(parameter_bytes(self.source.folder).values())
+        return decide_memory(
+            self.job.recipe.compress.stream, size, free_memory() // ranks.local_size
+        )
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Streamed from the safetensors, or all in memory."""
+        torch.set_num_threads(self.job.threads)
+        if not self.memory.streamed:
+            return Weights(self.model)
+        source = self.source
+        return StreamedWeights(source.folder, self.structure.blocks, source.trust_remote_code)
+
+    @cached_property
     def model(self) -> Any:
         torch.set_num_threads(self.job.threads)
         return load_model(self.source.folder, self.source.trust_remote_code)
@@ -91,6 +117,40 @@ class ModelUnderWork:
     def release(self) -> None:
         """Drop the weights from memory."""
         self.__dict__.pop("model", None)
+        self.__dict__.pop("weights", None)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Whether weights are read when they are needed, and why, for the manifest."""
+
+    streamed: bool
+    note: str
+
+
+def decide_memory(choice: str, size: int, free: int) -> Memory:
+    """Stream where the recipe says so, or where the model would take over half of what is free.
+
+    Args:
+        choice: ``compress.stream``. size: bytes of all weights in float32. free: bytes of memory.
+    """
+    streamed = choice == "always" or (choice == "auto" and 2 * size > free)
+    return Memory(
+        streamed,
+        f"weights {'streamed from the disk' if streamed else 'loaded'} for the compression: "
+        f"{size / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB of memory free "
+        f"(compress.stream: {choice})",
+    )
+
+
+def parameter_bytes(folder: Path) -> dict[str, int]:
+    """Bytes in float32 of a folder's tensors, from the headers of its files."""
+    files = sorted(set(Checkpoint.open(folder).files.values()))
+    return {
+        name: 4 * math.prod(info.shape)
+        for file in files
+        for name, info in check_safetensors(file).tensors.items()
+    }
 
 
 def default_threads() -> int:

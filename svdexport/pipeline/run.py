@@ -18,7 +18,7 @@ from svdexport.files import sha256_file
 from svdexport.pipeline.artifacts import Artifact, export_all
 from svdexport.pipeline.job import Job, ModelUnderWork, versions
 from svdexport.pipeline.measure import SPEED_RUNTIME, artifact_key, measure_quality, measure_speed
-from svdexport.pipeline.stages import Compressed, run_compression
+from svdexport.pipeline.stages import MEMORY, TROUBLE, Compressed, run_compression
 from svdexport.recipe import canonical_json, recipe_hash
 from svdexport.report import card, html, manifest, markdown
 from svdexport.report.result import (
@@ -176,7 +176,12 @@ def _result(
         threads=job.threads,
         evaluation_text=str(recipe.evaluate.text or "held-out text that the model wrote itself"),
         overrides=invocation.overrides,
-        notes=(*plan_notes(compressed.plan), *moment_notes(job, compressed)),
+        notes=(
+            *plan_notes(compressed.plan),
+            *moment_notes(job, compressed),
+            *json.loads((job.work / TROUBLE).read_text(encoding="utf-8")),
+            (job.work / MEMORY).read_text(encoding="utf-8"),
+        ),
     )
 
 

@@ -6,18 +6,31 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from svdexport.errors import RecipeError
 from svdexport.export.checkpoint import assembled, compressed_config, write_checkpoint
-from svdexport.models.corpus import texts
+from svdexport.files import write_atomic
+from svdexport.models.corpus import model_writes, texts
 from svdexport.models.loader import both_rope_forms
 from svdexport.pipeline import compress
-from svdexport.pipeline.factors import factorize_blocks, importance, statistics
+from svdexport.pipeline.factors import (
+    factorize_blocks,
+    finished_blocks,
+    importance,
+    moment_trouble,
+    statistics,
+)
 from svdexport.pipeline.job import Job, ModelUnderWork, key, source_key
 from svdexport.report.result import PlanRow
 
+MEMORY = "memory.txt"  # whether the weights were streamed when the factors were made, and why
+TROUBLE = "trouble.json"  # what was odd about the moments, for the report
 IMPORTANCE = "importance.safetensors"  # beside the base GGUF: weights for ggml's quantisers
 
 
@@ -52,7 +65,14 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
         *(what.method, what.settings.model_dump(), what.group, what.targets, what.ignore),
         *(what.damping, sorted(statistics(recipe))),
     )
-    job.stage("factors", factors_key, [factors], lambda: _factors(job, model, tokens, factors))
+    memory = job.work / MEMORY
+    job.stage(
+        "factors",
+        factors_key,
+        [factors, memory],
+        lambda: _factors(job, model, tokens, factors, factors_key),
+    )
+    job.ranks.dismiss()
 
     plan_file, checkpoint = job.work / "plan.json", job.work / "checkpoint"
     checkpoint_key = key(
@@ -61,7 +81,7 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
     job.stage(
         "checkpoint",
         checkpoint_key,
-        [plan_file, checkpoint, job.work / "base" / IMPORTANCE],
+        [plan_file, checkpoint, job.work / "base" / IMPORTANCE, job.work / TROUBLE],
         lambda: _assemble(job, model, factors, plan_file, checkpoint),
     )
     rows = TypeAdapter(tuple[PlanRow, ...]).validate_python(json.loads(plan_file.read_text()))
@@ -75,26 +95,62 @@ def _stamp(path: Path | None) -> list[int]:
 
 
 def _write_tokens(job: Job, model: ModelUnderWork, path: Path) -> None:
+    recipe = job.recipe
+    written = model_writes(recipe.calibration, recipe.evaluate)
+    if written and model.memory.streamed:
+        raise RecipeError(
+            f"{model.source.given}: {model.memory.note}; it cannot write the text for "
+            f"{written} itself: give calibration.source: file (or dataset) and evaluate.text"
+        )
     calibration, evaluation = texts(
-        job.recipe.calibration,
-        job.recipe.evaluate,
-        model.model,
+        recipe.calibration,
+        recipe.evaluate,
+        model.model if written else None,
         model.tokenizer,
         job.reporter.progress,
     )
     save_file({"calibration": calibration, "evaluation": evaluation}, path)
 
 
-def _factors(job: Job, model: ModelUnderWork, tokens: Path, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _factors(job: Job, model: ModelUnderWork, tokens: Path, folder: Path, stage_key: str) -> None:
+    """Files of finished blocks are kept if they were made from the same inputs."""
+    mark = folder / "key"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != stage_key:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_atomic(mark, stage_key)
+    write_atomic(job.work / MEMORY, model.memory.note)
+    job.reporter.note(model.memory.note)
+    samples = load_file(tokens)["calibration"]
+    done = finished_blocks(job.recipe, model.structure, folder)
+    if done:
+        job.reporter.note(f"{len(done)} of {len(model.structure.blocks)} blocks are done already")
+    job.ranks.order({"do": "factors", "finished": done, "tokens": list(samples.shape)})
+    _share(job, model, samples, folder, done)
+    job.ranks.finished()
+
+
+def share_factors(job: Job, model: ModelUnderWork, order: dict[str, Any]) -> None:
+    """The stage "factors" on a rank other than 0, as rank 0 ordered it."""
+    samples = torch.zeros(order["tokens"], dtype=torch.int64)
+    _share(job, model, samples, job.work / "factors", order["finished"])
+
+
+def _share(
+    job: Job, model: ModelUnderWork, tokens: Tensor, folder: Path, finished: list[int]
+) -> None:
+    weights = model.weights
+    torch.set_num_threads(max(1, job.threads // job.ranks.local_size))
     factorize_blocks(
         job.recipe,
         model.structure,
-        model.model,
-        load_file(tokens)["calibration"],
+        weights,
+        job.ranks.broadcast(tokens),
         folder,
         job.reporter,
+        finished,
+        job.ranks,
     )
+    torch.set_num_threads(job.threads)
 
 
 def _assemble(
@@ -111,5 +167,7 @@ def _assemble(
     compress.save_plan(plan, plan_file)
     (job.work / "base").mkdir(exist_ok=True)
     save_file(importance(model.structure, factors), job.work / "base" / IMPORTANCE)
-    for line in compress.strategy(plan):
+    trouble = list(moment_trouble(model.structure, factors))
+    write_atomic(job.work / TROUBLE, json.dumps(trouble))
+    for line in (*compress.strategy(plan), *trouble):
         job.reporter.note(line)

@@ -174,6 +174,11 @@ class Compress(_Section):
         le=10,
         description="added to the moments, as a share of their mean eigenvalue",
     )
+    stream: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="read one block's weights at a time; auto: where half of the free memory would "
+        "not hold the model",
+    )
 
     @field_validator("settings", "allocation", mode="plain")
     @classmethod

@@ -1,0 +1,187 @@
+"""Which weights are in memory: the whole model's, or one block's at a time.
+
+Both kinds of ``Weights`` give the same numbers: a streamed block is read from the same safetensors
+and cast to float32 in the same way as a loaded model's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from svdexport.checkpoint import Checkpoint
+from svdexport.errors import InputError
+from svdexport.models.modules import linear_weight
+from svdexport.runtimes.torch_rt import quiet_transformers
+
+
+class Weights:
+    """A model that is in memory as a whole.
+
+    Attributes:
+        model: the module; of a streamed one, parameters exist only inside the contexts below.
+        streamed: whether weights are read when they are needed.
+    """
+
+    streamed = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @contextlib.contextmanager
+    def block(self, path: str) -> Iterator[nn.Module]:
+        """The block at a module path, with its weights."""
+        yield self.model.get_submodule(path)
+
+    @contextlib.contextmanager
+    def ends(self) -> Iterator[nn.Module]:
+        """The model with the weights of everything outside the blocks (embedding, norm, head)."""
+        yield self.model
+
+    def linear(self, name: str) -> Tensor:
+        """Weight of a linear as (out_features, in_features), float32."""
+        return linear_weight(self.model.get_submodule(name))
+
+
+def as_weights(model: nn.Module | Weights) -> Weights:
+    """A loaded model as ``Weights``; what is that already stays as it is."""
+    return model if isinstance(model, Weights) else Weights(model)
+
+
+class StreamedWeights(Weights):
+    """A model whose weights stay in its safetensors until they are needed.
+
+    Args:
+        folder: a Hugging Face folder. blocks: module paths of the decoder blocks.
+        trust_remote_code: whether code in the folder may run.
+
+    Raises:
+        InputError: transformers makes this model's parameters from several of its tensors, so
+            that they cannot be read one by one; the line names one.
+    """
+
+    streamed = True
+
+    def __init__(
+        self, folder: Path, blocks: tuple[str, ...], trust_remote_code: bool = False
+    ) -> None:
+        super().__init__(_empty_model(folder, trust_remote_code))
+        self._checkpoint = Checkpoint.open(folder)
+        self._names = _stored_names(self.model, self._checkpoint)
+        for name, _ in list(self.model.named_buffers()):
+            if self._checkpoint.has(name):  # others are made anew from the configuration
+                self.model.get_submodule(name.rpartition(".")[0]).register_buffer(
+                    name.rpartition(".")[2], self._checkpoint.tensor(name)
+                )
+        self._outside = {
+            name: module
+            for name, module in self.model.named_modules()
+            if any(True for _ in module.parameters(recurse=False))
+            and not any(name == path or name.startswith(path + ".") for path in blocks)
+        }
+
+    @contextlib.contextmanager
+    def block(self, path: str) -> Iterator[nn.Module]:
+        block = self.model.get_submodule(path)
+        with contextlib.ExitStack() as stack:
+            for name, module in block.named_modules(prefix=path):
+                stack.enter_context(self._filled(name, module))
+            yield block
+
+    @contextlib.contextmanager
+    def ends(self) -> Iterator[nn.Module]:
+        """A module's weights are read when it is first called, and dropped at the end."""
+        with contextlib.ExitStack() as stack:
+            called: set[str] = set()
+
+            def fill(name: str, module: nn.Module) -> None:
+                if name not in called:
+                    called.add(name)
+                    stack.enter_context(self._filled(name, module))
+
+            for name, module in self._outside.items():
+                hook = module.register_forward_pre_hook(
+                    lambda module, _inputs, name=name: fill(name, module)
+                )
+                stack.callback(hook.remove)
+            yield self.model
+
+    def linear(self, name: str) -> Tensor:
+        with self._filled(name, self.model.get_submodule(name)) as module:
+            return linear_weight(module)
+
+    @contextlib.contextmanager
+    def _filled(self, name: str, module: nn.Module) -> Iterator[nn.Module]:
+        """The module with its own parameters (not its children's) in float32."""
+        empty = dict(module.named_parameters(recurse=False))
+        for key, parameter in empty.items():
+            full = f"{name}.{key}" if name else key
+            value = self._checkpoint.tensor(self._names[full]).float()
+            if value.shape != parameter.shape:
+                raise InputError(
+                    f"{self._checkpoint.path}: tensor {full} has shape {tuple(value.shape)}, "
+                    f"config.json means {tuple(parameter.shape)}"
+                )
+            module._parameters[key] = nn.Parameter(value, requires_grad=False)
+        try:
+            yield module
+        finally:
+            module._parameters.update(empty)
+
+
+def _empty_model(folder: Path, trust_remote_code: bool) -> nn.Module:
+    """The model with parameters on the meta device and buffers (rotary frequencies) as they are."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet_transformers(), _parameters_on_meta():
+        config = AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made in this context register their parameters without memory."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # a tied one stays the same object
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter name -> tensor name: the same, without the base model's prefix, or a tied one's."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found: dict[str, str] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        for stored in (name, name.removeprefix(prefix), prefix + name):
+            if checkpoint.has(stored):
+                found[name] = stored
+                break
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    for names in tied.values():
+        stored_as = [found[name] for name in names if name in found]
+        if not stored_as:
+            raise InputError(
+                f"{checkpoint.path}: weights of this model cannot be streamed: no tensor holds "
+                f"{names[0]} as it is; set compress.stream: never and give more memory"
+            )
+        found |= {name: found.get(name, stored_as[0]) for name in names}
+    return found

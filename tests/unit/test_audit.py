@@ -1,0 +1,39 @@
+"""The audit of dependencies in ``make lint`` says when and why it is skipped."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from pathlib import Path
+
+import pytest
+
+tomllib = pytest.importorskip("tomllib", reason="Python 3.11 and later")
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("audit", ROOT / "tools" / "audit.py")
+assert spec is not None and spec.loader is not None
+audit = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(audit)
+
+
+def test_it_is_skipped_by_name() -> None:
+    assert audit.why_not(False) == "pip-audit is not installed"
+    with socket.socket() as closed:  # bound, but nobody listens
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+        assert "cannot be reached" in str(audit.why_not(True, address))
+
+
+def test_lint_runs_it() -> None:
+    assert "tools/audit.py" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("part", ["dependencies", "optional-dependencies"])
+def test_every_dependency_has_an_upper_bound(part: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = project[part]
+    lists = [found] if isinstance(found, list) else list(found.values())
+    named = [entry for entries in lists for entry in entries if not entry.startswith("svdexport")]
+    assert named
+    assert [entry for entry in named if "<" not in entry and "==" not in entry] == []

@@ -1,0 +1,209 @@
+"""Streamed weights, activations in a file, checkpoints written one tensor at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from svdexport import api
+from svdexport.errors import InputError, RecipeError
+from svdexport.export.safetensors_write import SafetensorsWriter
+from svdexport.models.activations import Activations
+from svdexport.models.blocks import discover, record_inputs, run_block, tail_gradient
+from svdexport.models.calibrate import BlockMoments, calibrate
+from svdexport.models.loader import load_model, structure_of
+from svdexport.models.weights import StreamedWeights, as_weights
+from svdexport.pipeline.job import decide_memory
+from tests.unit.tiny_checkpoints import make_model
+
+FAMILIES = ["llama", "llama-tied", "llama-bias", "mistral-window", "qwen3", "gemma2", "opt", "gpt2"]
+RECIPE = """\
+schema: 1
+model: {path: m}
+calibration: {source: file, file: text.txt, samples: 6, length: 24, batch: 4}
+compress: {budget: {param_ratio: 0.7}, rank_multiple: 8}
+export: [{format: checkpoint}]
+evaluate: {text: text.txt, context: 24, windows: 2}
+speed: {threads: 1}
+"""
+TEXT = "All happy families are alike; each unhappy family is unhappy in its own way. " * 20
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_weights_are_those_of_the_loaded_model(family: str, tmp_path: Path) -> None:
+    make_model(tmp_path, family)
+    loaded = load_model(tmp_path)
+    structure = discover(loaded)
+    weights = StreamedWeights(tmp_path, structure.blocks)
+    tokens = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(1))
+    with weights.ends() as model:
+        recorded = record_inputs(model, structure, tokens)
+    expected = record_inputs(loaded, structure, tokens)
+    hidden = expected.hidden
+    assert torch.equal(recorded.hidden, hidden)
+    for index, path in enumerate(structure.blocks):
+        with weights.block(path) as block:
+            found = run_block(block, hidden, recorded.calls[index])
+        hidden = run_block(loaded.get_submodule(path), hidden, expected.calls[index])
+        assert torch.equal(found, hidden)
+    with weights.ends() as model:
+        gradient = tail_gradient(model, structure, tokens, hidden)
+    assert torch.equal(gradient, tail_gradient(loaded, structure, tokens, hidden))
+    for linear in structure.linears():
+        assert torch.equal(weights.linear(linear.name), as_weights(loaded).linear(linear.name))
+    assert all(parameter.is_meta for parameter in weights.model.parameters())
+
+
+def test_only_what_is_used_is_in_memory(tmp_path: Path) -> None:
+    make_model(tmp_path, "llama")
+    structure = structure_of(tmp_path)
+    weights = StreamedWeights(tmp_path, structure.blocks)
+
+    def present() -> set[str]:
+        return {name for name, p in weights.model.named_parameters() if not p.is_meta}
+
+    with weights.block(structure.blocks[1]):
+        assert present()
+        assert all(name.startswith("model.layers.1.") for name in present())
+    with weights.ends() as model:
+        record_inputs(model, structure, torch.zeros((1, 4), dtype=torch.long))
+        assert present() == {"model.embed_tokens.weight"}  # the head was not reached
+    assert present() == set()
+
+
+def test_a_tensor_of_another_shape_or_name_is_refused_by_name(tmp_path: Path) -> None:
+    model = make_model(tmp_path, "llama")
+    structure = structure_of(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = {key: value.clone() for key, value in model.state_dict().items()}
+    short = tensors | {name: tensors[name][:-1].contiguous()}
+    save_file(short, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    weights = StreamedWeights(tmp_path, structure.blocks)
+    with pytest.raises(InputError, match=name), weights.block(structure.blocks[1]):
+        pass
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=name):
+        StreamedWeights(tmp_path, structure.blocks)
+
+
+def moments_of(found: BlockMoments) -> dict[str, Tensor]:
+    named = {**{f"h {k}": v for k, v in found.inputs.items()}}
+    named |= {f"g {k}": v for k, v in found.gradients.items()}
+    return {name: moment.matrix for name, moment in named.items()}
+
+
+def test_skipped_blocks_change_no_other(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m", "llama", num_hidden_layers=4)
+    structure = structure_of(tmp_path / "m")
+    tokens = torch.randint(0, 300, (5, 12), generator=torch.Generator().manual_seed(1))
+    for statistics in (["inputs"], ["inputs", "gradients", "fisher", "mean_abs", "similarity"]):
+        settings = {"batch": 2, "statistics": statistics, "scratch": tmp_path}
+        whole = {m.block: moments_of(m) for m in calibrate(model, structure, tokens, **settings)}
+        assert sorted(whole) == [0, 1, 2, 3]
+        part = list(calibrate(model, structure, tokens, skip=(0, 2), **settings))
+        assert sorted(m.block for m in part) == [1, 3]
+        for found in part:
+            for name, matrix in moments_of(found).items():
+                assert torch.equal(matrix, whole[found.block][name])
+        assert list(calibrate(model, structure, tokens, skip=range(4), **settings)) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_activations_come_back_from_the_file(tmp_path: Path) -> None:
+    store = Activations(tmp_path / "a.bin", 5, 3, 4)
+    hidden = torch.randn(3, 5, 3, 4)
+    for boundary in (2, 0, 1):
+        for part in (slice(3, 6), slice(0, 3)):
+            store.put(boundary, part, hidden[boundary, part])
+    assert torch.equal(store.get(1, slice(3, 6), 2), hidden[1, 3:])
+    assert torch.equal(store.get(2, slice(0, 3), 3), hidden[2, :3])
+    store.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def checkpoint_bytes(folder: Path, name: str, *more: str) -> dict[str, bytes]:
+    found = api.compress(folder / "r.yaml", folder / name, list(more))
+    return {path.name: path.read_bytes() for path in sorted(found.iterdir())}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    make_model(tmp_path / "m", "llama-tied")
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", ["svd", "svd_llm", "kfac_svd", "tfwsvd", "basis_sharing"])
+def test_streaming_gives_the_same_bytes(place: Path, method: str) -> None:
+    how = f"compress.method={method}"
+    loaded = checkpoint_bytes(place, "a", how, "compress.stream=never")
+    streamed = checkpoint_bytes(place, "b", how, "compress.stream=always")
+    assert streamed == loaded
+    assert "streamed from the disk" in (place / ".b.work" / "memory.txt").read_text()
+
+
+def test_finished_blocks_are_kept(place: Path) -> None:
+    expected = checkpoint_bytes(place, "a", "compress.stream=always")
+    work = place / ".a.work"
+    for path in (work / "stages" / "factors.json", work / "stages" / "checkpoint.json"):
+        path.unlink()
+    first, second = sorted((work / "factors").glob("block_*"))
+    second.unlink()
+    kept = first.stat()
+    assert checkpoint_bytes(place, "a", "compress.stream=always") == expected
+    assert second.exists()
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns)
+
+
+def test_factors_of_other_inputs_are_not_kept(place: Path) -> None:
+    checkpoint_bytes(place, "a")
+    (place / ".a.work" / "stages" / "factors.json").unlink()
+    (place / ".a.work" / "factors" / "key").write_text("another")
+    first = place / ".a.work" / "factors" / "block_0000.safetensors"
+    first.write_bytes(b"old")
+    checkpoint_bytes(place, "a")
+    assert first.stat().st_size > 3
+
+
+def test_a_streamed_model_does_not_write_the_text_itself(place: Path) -> None:
+    own = ["calibration.source=self", "calibration.file=null", "compress.stream=always"]
+    with pytest.raises(RecipeError, match=r"calibration.*calibration\.source: file"):
+        api.compress(place / "r.yaml", place / "a", own)
+
+
+def test_when_weights_are_streamed() -> None:
+    assert not decide_memory("auto", 10, 20).streamed
+    assert decide_memory("auto", 11, 20).streamed
+    assert decide_memory("always", 1, 20).streamed
+    assert not decide_memory("never", 100, 20).streamed
+    assert "16.0 GB of memory free" in decide_memory("auto", 11, 16 * 10**9).note
+
+
+def test_the_writer_writes_what_safetensors_writes(tmp_path: Path) -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+    tensors = {
+        f"{name}.{i}": torch.ones(2, 3).to(dtype)
+        for i, dtype in enumerate(dtypes)
+        for name in ("b", 'a"é', "c")
+    }
+    tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(1.5), "t": torch.randn(4, 3).T}
+    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(dense, tmp_path / "expected", metadata={"format": "pt"})
+    with SafetensorsWriter(tmp_path / "written") as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    assert (tmp_path / "written").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_writer_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="complex"), SafetensorsWriter(tmp_path / "w") as writer:
+        writer.add("a", torch.ones(3))
+        writer.add("b", torch.ones(3, dtype=torch.complex64))
+    assert list(tmp_path.iterdir()) == []
