@@ -283,8 +283,9 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
             self.cosine.add(hidden, out)
 
     def moments(self, ranks: Ranks) -> BlockMoments:
+        collected: list[dict[str, Any]]
         collected = [self.inputs, self.mean_abs, self.rows, self.gradients, self.fisher]
-        found: dict[int, Any] = {id(one): one for part in collected for one in part.values()}
+        found = {id(one): one for part in collected for one in part.values()}
         for one in (*found.values(), self.cosine):  # in the same order on all ranks
             one.share(ranks)
         sums: dict[str, Moment | Fisher] = {**self.inputs, **self.gradients, **self.fisher}

@@ -20,7 +20,7 @@ from svdexport.models.weights import StreamedWeights, as_weights
 from svdexport.pipeline.job import decide_memory
 from tests.unit.tiny_checkpoints import make_model
 
-FAMILIES = ["llama", "llama-tied", "llama-bias", "mistral-window", "qwen3", "gemma2", "opt", "gpt2"]
+FAMILIES = ["llama", "llama-tied", "llama-bias", "mistral-window", "qwen3", "gemma2", "gpt2"]
 RECIPE = """\
 schema: 1
 model: {path: m}
