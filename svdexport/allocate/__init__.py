@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svdexport.allocate import adacr, greedy, svd_llm_v2, uniform
+from svdexport.allocate import adacr, asvd, dobi_svd, greedy, lorc, svd_llm_v2, uniform
 from svdexport.allocate.base import Allocation, Candidate, Strategy
 
 STRATEGIES: dict[str, Strategy] = {
@@ -16,6 +16,19 @@ STRATEGIES: dict[str, Strategy] = {
         "AdaSVD's adaCR: by the similarity of a block's input and output",
         adacr.allocate,
         frozenset({"similarity"}),
+    ),
+    "asvd": Strategy(
+        "ASVD: one bound on the perplexity of every group truncated alone",
+        asvd.allocate,
+        measure="sensitivity",
+    ),
+    "dobi_svd": Strategy(
+        "Dobi-SVD: truncation positions learned with the model's loss",
+        dobi_svd.allocate,
+        measure="positions",
+    ),
+    "lorc": Strategy(
+        "LoRC: progressive over depth, by cumulative condition numbers", lorc.allocate
     ),
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -24,6 +26,8 @@ class Candidate:
             in units comparable across groups), or None where they were not computed.
         kind: type of the matrix, the same in every block. block: number of its block.
         similarity: mean cosine of its block's input and output, where it was asked for.
+        trials: (kept share, perplexity with this group alone truncated), and position: a learned
+            rank; for the strategies that measure them.
     """
 
     name: str
@@ -33,6 +37,8 @@ class Candidate:
     kind: str = ""
     block: int = 0
     similarity: float | None = None
+    trials: tuple[tuple[float, float], ...] | None = None
+    position: float | None = None
 
     @property
     def dense_params(self) -> int:
@@ -60,6 +66,7 @@ class Allocation:
 
 BREAK_EVEN = "no rank that the runtime takes is below break-even"
 TOO_LITTLE_TO_SAVE = "the rank for this budget is past break-even"
+PROTECTED = "the allocation keeps this block dense"
 DENSE_PAYS = "dense pays: the predicted loss per parameter is best spent here"
 
 
@@ -67,12 +74,14 @@ DENSE_PAYS = "dense pays: the predicted loss per parameter is best spent here"
 class Strategy:
     """How a budget is shared out: ``allocate(candidates, param_ratio, multiple, settings)``.
 
-    ``needs`` is what calibration must collect for it, beyond what the method asks for.
+    ``needs`` is what calibration must collect for it, beyond what the method asks for;
+    ``measure`` what must be measured on the model once the factors are there.
     """
 
     title: str
     allocate: Callable[[Sequence[Candidate], float, int, Settings], dict[str, Allocation]]
     needs: frozenset[Statistic] = frozenset()
+    measure: Literal["sensitivity", "positions"] | None = None
 
 
 def by_ratios(
@@ -82,7 +91,7 @@ def by_ratios(
 
     The factor is the largest (found by bisection) at which the parameters stay within
     ``param_ratio`` of the dense ones: rounding to the multiple, and shares past break-even, which
-    become dense, would otherwise miss the budget.
+    become dense, would otherwise miss the budget. An infinite share is dense at any factor.
 
     Raises:
         RecipeError: even the smallest ranks exceed the budget.
@@ -90,7 +99,12 @@ def by_ratios(
     budget = param_ratio * sum(item.dense_params for item in candidates)
 
     def choose(scale: float) -> tuple[dict[str, Allocation], int]:
-        chosen = {c.name: _at_share(c, scale * kept[c.name], multiple) for c in candidates}
+        chosen = {
+            c.name: _at_share(
+                c, scale * kept[c.name] if math.isfinite(kept[c.name]) else math.inf, multiple
+            )
+            for c in candidates
+        }
         return chosen, sum(item.cost(chosen[item.name].rank) for item in candidates)
 
     low, high = 0.0, 1.0 / max(min(kept.values()), 1e-6)
@@ -98,7 +112,7 @@ def by_ratios(
     if cost > budget:
         raise RecipeError(
             f"compress.budget: param_ratio {param_ratio} is too small for ranks of at least "
-            f"{multiple}"
+            f"{multiple} and what the allocation keeps dense"
         )
     for _ in range(60):
         middle = (low + high) / 2
@@ -114,5 +128,7 @@ def _at_share(item: Candidate, share: float, multiple: int) -> Allocation:
     ranks = item.ranks(multiple)
     if not ranks:
         return Allocation(None, BREAK_EVEN)
+    if math.isinf(share):
+        return Allocation(None, PROTECTED)
     rank = round_rank(share * item.dense_params / (item.out_features + item.in_features), multiple)
     return Allocation(rank) if rank <= ranks[-1] else Allocation(None, TOO_LITTLE_TO_SAVE)

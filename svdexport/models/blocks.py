@@ -253,15 +253,21 @@ def tail_gradient(model: nn.Module, structure: Structure, tokens: Tensor, hidden
         tokens: (batch, tokens); hidden: output of the last block, (batch, tokens, width).
     """
     leaf = hidden.detach().requires_grad_(True)
+    with torch.enable_grad():
+        loss = tail_loss(model, structure, tokens, leaf)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    return gradient
+
+
+def tail_loss(model: nn.Module, structure: Structure, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Next-token loss summed over all positions, from the last block's output; see above."""
     last = len(structure.blocks) - 1
 
     def put(index: int, passed: Tensor, args: Any, kwargs: Any) -> Tensor:
-        return leaf if index == last else passed
+        return hidden if index == last else passed
 
-    with _bypassed(model, structure, put), torch.enable_grad():
+    with _bypassed(model, structure, put):
         logits = model(input_ids=tokens, use_cache=False).logits
-        loss = nn.functional.cross_entropy(
+        return nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"
         )
-        (gradient,) = torch.autograd.grad(loss, leaf)
-    return gradient

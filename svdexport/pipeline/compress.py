@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from svdexport.allocate import STRATEGIES, Allocation, Candidate
 from svdexport.checkpoint import PairSpec
-from svdexport.core.lowrank import FactorPair
-from svdexport.factorize import METHODS, split_outputs
+from svdexport.factorize import split_outputs
 from svdexport.files import write_atomic
 from svdexport.models.blocks import InputGroup, Structure
-from svdexport.pipeline.factors import chosen_groups, factors_file, read_factors
+from svdexport.pipeline.factors import chosen_groups, factors_file, pair_at, read_factors
 from svdexport.recipe import Compress, Recipe
 from svdexport.report.result import PlanRow
 
@@ -32,8 +33,16 @@ class GroupPlan:
     relative_error: float | None
 
 
-def allocate_ranks(recipe: Recipe, structure: Structure, folder: Path) -> list[GroupPlan]:
-    """Choose every group's rank from the energies in the factor files."""
+def allocate_ranks(
+    recipe: Recipe,
+    structure: Structure,
+    folder: Path,
+    more: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> list[GroupPlan]:
+    """Choose every group's rank from the energies in the factor files.
+
+    ``more``: by leader, what the strategy had measured on the model (``pipeline.trials``).
+    """
     compress = recipe.compress
     groups = chosen_groups(recipe, structure)
     found: dict[str, Tensor] = {}
@@ -48,6 +57,7 @@ def allocate_ranks(recipe: Recipe, structure: Structure, folder: Path) -> list[G
                 candidate(group),
                 energies=found[f"{group.leader}.energies"].numpy(),
                 similarity=None if similarity is None else float(similarity),
+                **more.get(group.leader, {}),
             )
         )
     chosen = STRATEGIES[compress.allocate].allocate(
@@ -133,18 +143,6 @@ def pair_tensors(
             for member, part in zip(entry.group.members, split_outputs(pair.b, sizes), strict=True):
                 made[f"{member.name}.lr_b.weight"] = part.contiguous()
         yield made
-
-
-def pair_at(compress: Compress, tensors: dict[str, Tensor], leader: str, rank: int) -> FactorPair:
-    """A group's pair of a rank, from its tensors in the factor file."""
-    a, b = tensors[f"{leader}.a"], tensors[f"{leader}.b"]
-    pair = FactorPair(a[:rank].contiguous(), b[:, :rank].contiguous())
-    finish = METHODS[compress.method].finish
-    if finish is None:
-        return pair
-    prefix = f"{leader}.keep."
-    kept = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-    return finish(pair, kept, compress.settings)
 
 
 def strategy(plan: list[GroupPlan]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svdexport.allocate import STRATEGIES
 from svdexport.core.decompose import INPUT_DAMPING, Decomposition, relative_errors
-from svdexport.core.lowrank import break_even_rank
+from svdexport.core.lowrank import FactorPair, break_even_rank
 from svdexport.core.moments import Statistic
 from svdexport.core.ranks import ALONE, Ranks
 from svdexport.factorize import METHODS, GroupData
@@ -22,7 +22,7 @@ from svdexport.models.blocks import InputGroup, Structure, matches, select
 from svdexport.models.calibrate import BlockMoments, calibrate
 from svdexport.models.weights import Weights, as_weights
 from svdexport.pipeline.reporter import Reporter
-from svdexport.recipe import Recipe
+from svdexport.recipe import Compress, Recipe
 from svdexport.recipe.settings import BasisSharing, DobiSvd
 
 
@@ -311,3 +311,15 @@ def read_factors(path: Path, endings: tuple[str, ...]) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         wanted = [name for name in file.keys() if name.endswith(endings)]  # noqa: SIM118
         return {name: file.get_tensor(name).clone() for name in wanted}
+
+
+def pair_at(compress: Compress, tensors: dict[str, Tensor], leader: str, rank: int) -> FactorPair:
+    """A group's pair of a rank, from its tensors in the factor file."""
+    a, b = tensors[f"{leader}.a"], tensors[f"{leader}.b"]
+    pair = FactorPair(a[:rank].contiguous(), b[:, :rank].contiguous())
+    finish = METHODS[compress.method].finish
+    if finish is None:
+        return pair
+    prefix = f"{leader}.keep."
+    kept = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+    return finish(pair, kept, compress.settings)

@@ -163,7 +163,9 @@ class Compress(_Section):
     targets: Patterns = Field(default=("re:.*",), min_length=1, max_length=1000)
     ignore: Patterns = Field(default=("lm_head",), max_length=1000)
     budget: Budget
-    allocate: Literal["uniform", "greedy", "svd_llm_v2", "adacr"] = "greedy"
+    allocate: Literal["uniform", "greedy", "svd_llm_v2", "adacr", "asvd", "dobi_svd", "lorc"] = (
+        "greedy"
+    )
     allocation: Annotated[
         SerializeAsAny[Settings], WithJsonSchema(settings_schema(ALLOCATION_SETTINGS))
     ] = Field(default={}, validate_default=True, description="keys of the strategy's own")  # type: ignore[assignment]

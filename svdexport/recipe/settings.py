@@ -5,15 +5,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from svdexport.recipe.hints import did_you_mean
-from svdexport.recipe.patterns import Patterns
+from svdexport.recipe.patterns import Patterns, as_tuple
 
 # Where a block's result returns to the residual stream: the paper found that sharing hurts there.
 APART = ("re:(^|[._])(o_proj|down_proj|out_proj|c_proj|fc2|dense|dense_4h_to_h)$",)
+
+
+Shares: TypeAlias = Annotated[
+    tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(as_tuple)
+]
 
 
 class Settings(BaseModel):
@@ -74,7 +79,39 @@ class Adacr(Settings):
     min_ratio: float = Field(default=0.3, ge=0, le=1)
 
 
-ALLOCATION_SETTINGS: dict[str, type[Settings]] = {"adacr": Adacr}
+class AsvdTrials(Settings):
+    """ASVD: kept shares to try on each group, and how much of the calibration text to try on."""
+
+    ratios: Shares = Field(default=(0.2, 0.4, 0.6, 0.8), min_length=1, max_length=32)
+    samples: int = Field(default=2, ge=1, le=10**4)
+    length: int = Field(default=128, ge=8, le=10**6)
+
+
+class DobiPositions(Settings):
+    """Dobi-SVD: descent on the truncation positions; ``rate`` is in ranks a step."""
+
+    iterations: int = Field(default=20, ge=1, le=10**6)
+    samples: int = Field(default=4, ge=1, le=10**4)
+    length: int = Field(default=512, ge=8, le=10**6)
+    rate: float = Field(default=4.0, gt=0, le=1000)
+    beta: float = Field(default=10.0, gt=0, le=1000)
+    ratio_weight: float = Field(default=100.0, ge=0, le=10**6)
+    range_weight: float = Field(default=100.0, ge=0, le=10**6)
+
+
+class LorcDepth(Settings):
+    """LoRC: share of the shallowest block's width that the deepest keeps; blocks left dense."""
+
+    min_ratio: float = Field(default=0.25, gt=0, le=1)
+    protect: int = Field(default=0, ge=0, le=10**4)
+
+
+ALLOCATION_SETTINGS: dict[str, type[Settings]] = {
+    "adacr": Adacr,
+    "asvd": AsvdTrials,
+    "dobi_svd": DobiPositions,
+    "lorc": LorcDepth,
+}
 
 
 def settings_of(name: str, value: Any, known: Mapping[str, type[Settings]]) -> Settings:

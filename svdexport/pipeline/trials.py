@@ -1,0 +1,85 @@
+"""What an allocation strategy wants measured on the model itself, before ranks are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from svdexport.allocate import STRATEGIES
+from svdexport.core.lowrank import FactorPair, break_even_rank, round_rank
+from svdexport.models.blocks import InputGroup, Structure
+from svdexport.models.calibrate import Progress
+from svdexport.models.sensitivity import Trials, perplexities
+from svdexport.models.truncation import learn_positions
+from svdexport.pipeline.factors import factors_file, pair_at
+from svdexport.recipe import Recipe
+from svdexport.recipe.settings import AsvdTrials, DobiPositions
+
+
+def measured(
+    recipe: Recipe,
+    structure: Structure,
+    groups: Sequence[InputGroup],
+    folder: Path,
+    model: Any,
+    tokens: Tensor,
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """Further fields of ``Candidate`` by leader; empty where the strategy measures nothing.
+
+    Args:
+        model: gives the loaded model when called. tokens: the calibration text.
+    """
+    wanted = STRATEGIES[recipe.compress.allocate].measure
+    settings = recipe.compress.allocation
+    if wanted == "sensitivity":
+        assert isinstance(settings, AsvdTrials)
+        text = tokens[: settings.samples, : settings.length]
+        return _sensitivity(recipe, structure, groups, folder, model(), text, progress)
+    if wanted == "positions":
+        assert isinstance(settings, DobiPositions)
+        text = tokens[: settings.samples, : settings.length]
+        ratio = recipe.compress.budget.param_ratio
+        found = learn_positions(model(), groups, text, ratio, settings, progress)
+        return {leader: {"position": position} for leader, position in found.items()}
+    return {}
+
+
+def _sensitivity(
+    recipe: Recipe,
+    structure: Structure,
+    groups: Sequence[InputGroup],
+    folder: Path,
+    model: Any,
+    tokens: Tensor,
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    settings = recipe.compress.allocation
+    assert isinstance(settings, AsvdTrials)
+
+    def trials_of(block: int) -> Trials:
+        chosen = [group for group in groups if group.block == block]
+        if not chosen:
+            return []
+        tensors = load_file(factors_file(folder, block))
+        return [(group, _pairs(recipe, group, tensors, settings.ratios)) for group in chosen]
+
+    _, found = perplexities(model, structure, tokens, trials_of, progress)
+    return {
+        leader: {"trials": tuple(zip(settings.ratios, values, strict=True))}
+        for leader, values in found.items()
+    }
+
+
+def _pairs(
+    recipe: Recipe, group: InputGroup, tensors: dict[str, Tensor], ratios: Sequence[float]
+) -> list[FactorPair]:
+    rows = sum(member.out_features for member in group.members)
+    columns = group.members[0].in_features
+    limit = max(1, break_even_rank(rows, columns))
+    ranks = [min(limit, round_rank(ratio * rows * columns / (rows + columns), 1)) for ratio in ratios]
+    return [pair_at(recipe.compress, tensors, group.leader, rank) for rank in ranks]
