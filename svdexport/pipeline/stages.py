@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from svdexport.allocate import STRATEGIES
 from svdexport.errors import RecipeError
 from svdexport.export.checkpoint import assembled, compressed_config, write_checkpoint
 from svdexport.files import write_atomic
@@ -27,6 +28,7 @@ from svdexport.pipeline.factors import (
     statistics,
 )
 from svdexport.pipeline.job import Job, ModelUnderWork, key, source_key
+from svdexport.pipeline.trials import measured
 from svdexport.report.result import PlanRow
 
 MEMORY = "memory.txt"  # whether the weights were streamed when the factors were made, and why
@@ -82,7 +84,7 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
         "checkpoint",
         checkpoint_key,
         [plan_file, checkpoint, job.work / "base" / IMPORTANCE, job.work / TROUBLE],
-        lambda: _assemble(job, model, factors, plan_file, checkpoint),
+        lambda: _assemble(job, model, tokens, factors, plan_file, checkpoint),
     )
     rows = TypeAdapter(tuple[PlanRow, ...]).validate_python(json.loads(plan_file.read_text()))
     return Compressed(checkpoint, rows, tokens, checkpoint_key)
@@ -154,9 +156,24 @@ def _share(
 
 
 def _assemble(
-    job: Job, model: ModelUnderWork, factors: Path, plan_file: Path, checkpoint: Path
+    job: Job,
+    model: ModelUnderWork,
+    tokens: Path,
+    factors: Path,
+    plan_file: Path,
+    checkpoint: Path,
 ) -> None:
-    plan = compress.allocate_ranks(job.recipe, model.structure, factors)
+    recipe, structure = job.recipe, model.structure
+    more: dict[str, dict[str, Any]] = {}
+    if STRATEGIES[recipe.compress.allocate].measure is not None:
+        if model.memory.streamed:
+            raise RecipeError(
+                f"compress.allocate: {recipe.compress.allocate} measures the whole model, but "
+                f"{model.memory.note}; choose uniform, greedy, svd_llm_v2, adacr or lorc"
+            )
+        text = load_file(tokens)["calibration"]
+        more = measured(recipe, structure, factors, model.model, text, job.reporter.progress)
+    plan = compress.allocate_ranks(recipe, structure, factors, more)
     low_rank = compress.low_rank_of(plan)
     shutil.rmtree(checkpoint, ignore_errors=True)
     config = both_rope_forms(compressed_config(model.checkpoint.config, low_rank))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdexport.allocate import STRATEGIES
 from svdexport.core.lowrank import FactorPair, break_even_rank, round_rank
@@ -15,7 +15,7 @@ from svdexport.models.blocks import InputGroup, Structure
 from svdexport.models.calibrate import Progress
 from svdexport.models.sensitivity import Trials, perplexities
 from svdexport.models.truncation import learn_positions
-from svdexport.pipeline.factors import factors_file, pair_at
+from svdexport.pipeline.factors import chosen_groups, factors_file, pair_at
 from svdexport.recipe import Recipe
 from svdexport.recipe.settings import AsvdTrials, DobiPositions
 
@@ -23,28 +23,28 @@ from svdexport.recipe.settings import AsvdTrials, DobiPositions
 def measured(
     recipe: Recipe,
     structure: Structure,
-    groups: Sequence[InputGroup],
     folder: Path,
-    model: Any,
+    model: nn.Module,
     tokens: Tensor,
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """Further fields of ``Candidate`` by leader; empty where the strategy measures nothing.
 
     Args:
-        model: gives the loaded model when called. tokens: the calibration text.
+        folder: the factor files. model: with all its weights. tokens: the calibration text.
     """
+    groups = chosen_groups(recipe, structure)
     wanted = STRATEGIES[recipe.compress.allocate].measure
     settings = recipe.compress.allocation
     if wanted == "sensitivity":
         assert isinstance(settings, AsvdTrials)
         text = tokens[: settings.samples, : settings.length]
-        return _sensitivity(recipe, structure, groups, folder, model(), text, progress)
+        return _sensitivity(recipe, structure, groups, folder, model, text, progress)
     if wanted == "positions":
         assert isinstance(settings, DobiPositions)
         text = tokens[: settings.samples, : settings.length]
         ratio = recipe.compress.budget.param_ratio
-        found = learn_positions(model(), groups, text, ratio, settings, progress)
+        found = learn_positions(model, groups, text, ratio, settings, progress)
         return {leader: {"position": position} for leader, position in found.items()}
     return {}
 
@@ -54,7 +54,7 @@ def _sensitivity(
     structure: Structure,
     groups: Sequence[InputGroup],
     folder: Path,
-    model: Any,
+    model: nn.Module,
     tokens: Tensor,
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
@@ -81,5 +81,7 @@ def _pairs(
     rows = sum(member.out_features for member in group.members)
     columns = group.members[0].in_features
     limit = max(1, break_even_rank(rows, columns))
-    ranks = [min(limit, round_rank(ratio * rows * columns / (rows + columns), 1)) for ratio in ratios]
+    ranks = [
+        min(limit, round_rank(ratio * rows * columns / (rows + columns), 1)) for ratio in ratios
+    ]
     return [pair_at(recipe.compress, tensors, group.leader, rank) for rank in ranks]

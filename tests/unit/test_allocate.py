@@ -15,7 +15,14 @@ from svdexport.allocate.base import by_ratios
 from svdexport.core.lowrank import break_even_rank
 from svdexport.errors import RecipeError
 from svdexport.recipe import Compress
-from svdexport.recipe.settings import ALLOCATION_SETTINGS, Adacr, Settings
+from svdexport.recipe.settings import (
+    ALLOCATION_SETTINGS,
+    Adacr,
+    AsvdTrials,
+    DobiPositions,
+    LorcDepth,
+    Settings,
+)
 
 
 def candidates(seed: int, count: int = 3) -> list[Candidate]:
@@ -159,3 +166,44 @@ def test_svd_llm_v2_removes_by_the_inverse_logarithm_of_the_loss_within_a_type()
 def test_every_strategy_can_be_named_in_a_recipe() -> None:
     assert set(get_args(Compress.model_fields["allocate"].annotation)) == set(STRATEGIES)
     assert set(ALLOCATION_SETTINGS) <= set(STRATEGIES)
+
+
+def test_asvd_takes_the_least_share_within_one_bound() -> None:
+    trials = {
+        "robust": ((0.2, 10.5), (0.5, 10.2), (0.8, 10.1)),
+        "middle": ((0.2, 14.0), (0.5, 10.6), (0.8, 10.2)),
+        "fragile": ((0.2, 90.0), (0.5, 30.0), (0.8, 10.7)),
+    }
+    items = [Candidate(name, 100, 100, trials=found) for name, found in trials.items()]
+    chosen = STRATEGIES["asvd"].allocate(items, 0.5, 1, AsvdTrials())
+    # at a bound of 10.7 the shares are 0.2, 0.5 and 0.8, which is the budget
+    assert [chosen[name].rank for name in trials] == [10, 25, 40]
+
+
+def test_dobi_svd_rounds_and_scales_learned_positions() -> None:
+    items = [Candidate(f"l{i}", 100, 100, position=p) for i, p in enumerate((12.3, 24.9, 40.2))]
+    chosen = STRATEGIES["dobi_svd"].allocate(items, 0.5, 1, DobiPositions())
+    assert [chosen[f"l{i}"].rank for i in range(3)] == [
+        pytest.approx(p * 75 / 77.4, abs=1.0) for p in (12.3, 24.9, 40.2)
+    ]
+    assert sum(item.cost(chosen[item.name].rank) for item in items) <= 0.5 * 3 * 100 * 100
+
+
+def test_lorc_keeps_more_of_shallow_blocks_and_can_leave_them_dense() -> None:
+    items = []
+    for block, smallest in enumerate((1.0, 0.1, 0.01)):
+        energies = np.linspace(100.0, smallest, 100)
+        items.append(Candidate(f"k{block}", 100, 100, energies, "k", block))
+    logs = [0.5 * np.log(100.0 / s) for s in (1.0, 0.1, 0.01)]
+    cumulative = [sum(logs[i:]) for i in range(3)]
+    span = cumulative[0] - cumulative[2]
+    shares = [1 - 0.75 * (cumulative[0] - c) / span for c in cumulative]
+    chosen = STRATEGIES["lorc"].allocate(items, 0.4, 1, LorcDepth(min_ratio=0.25))
+    ranks = [chosen[f"k{b}"].rank for b in range(3)]
+    assert ranks[0] is not None
+    for rank, share in zip(ranks, shares, strict=True):
+        assert rank == pytest.approx(ranks[0] * share / shares[0], abs=1.5)
+    protected = STRATEGIES["lorc"].allocate(items, 0.6, 1, LorcDepth(protect=1))
+    assert protected["k0"].rank is None
+    assert "dense" in protected["k0"].reason
+    assert protected["k2"].rank is not None
