@@ -52,7 +52,8 @@ class _SoftTruncation(torch.autograd.Function):
         values, vectors = torch.linalg.eigh(y @ y.T)
         squares, u = values.flip(0).clamp_min(0.0), vectors.flip(1)
         ctx.save_for_backward(y, weights, squares, u)
-        return u @ (weights[:, None] * (u.T @ y))
+        cut: Tensor = u @ (weights[:, None] * (u.T @ y))
+        return cut
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
