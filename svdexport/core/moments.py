@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -42,6 +44,31 @@ class Moment:
         """Add up what all processes of a run have, on all of them."""
         ranks.sum(self.matrix)
         self.rows = int(ranks.sum(torch.tensor(self.rows)))
+
+
+@dataclass(frozen=True)
+class CrossMoments:
+    """Second moments of inputs x of the original model and x^ of the compressed one.
+
+    Each (n, n), float64: original = sum x x^T, compressed = sum x^ x^^T, cross = sum x x^^T.
+    """
+
+    original: Tensor
+    compressed: Tensor
+    cross: Tensor
+
+    @classmethod
+    def of(cls, original: Sequence[Tensor], compressed: Sequence[Tensor]) -> CrossMoments:
+        """From batches of rows, (rows, n) each, the same tokens in both."""
+        size = original[0].shape[1]
+        own, other = Moment(size), Moment(size)
+        cross = torch.zeros((size, size), dtype=torch.float64)
+        for x, y in zip(original, compressed, strict=True):
+            own.add(x)
+            other.add(y)
+            for a, b in zip(torch.split(x, _CHUNK), torch.split(y, _CHUNK), strict=True):
+                cross += a.T @ b
+        return cls(own.matrix, other.matrix, cross)
 
 
 class MeanAbs:

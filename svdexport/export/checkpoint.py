@@ -100,15 +100,21 @@ def compressed_config(config: dict[str, Any], low_rank: dict[str, PairSpec]) -> 
 
 
 def assembled(
-    source: Checkpoint, low_rank: dict[str, PairSpec], pairs: Iterable[dict[str, Tensor]]
+    source: Checkpoint,
+    low_rank: dict[str, PairSpec],
+    made: Iterable[dict[str, Tensor]],
+    replaced: Iterable[str] = (),
 ) -> Iterator[Named]:
-    """Tensors of a compressed checkpoint: the source's, pairs in the place of their linears."""
-    replaced = {f"{name}.weight" for name in low_rank}
+    """Tensors of a compressed checkpoint: the source's, pairs in the place of their linears.
+
+    ``made`` has the pairs, and new weights for the dense linears that ``replaced`` names.
+    """
+    replaced = {f"{name}.weight" for name in (*low_rank, *replaced)}
     for name, tensor in source.iter_tensors():
         if name not in replaced:
             yield name, tensor
-    for made in pairs:
-        yield from sorted(made.items())
+    for tensors in made:
+        yield from sorted(tensors.items())
 
 
 def export(request: ExportRequest) -> Exported:

@@ -54,16 +54,27 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored (in_features, out_features), as GPT-2's Conv1D."""
+    return type(module).__name__ == "Conv1D"
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of a linear module of either orientation."""
     rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
-    return (int(columns), int(rows)) if type(module).__name__ == "Conv1D" else (rows, columns)
+    return (int(columns), int(rows)) if is_transposed(module) else (rows, columns)
 
 
 def linear_weight(module: nn.Module) -> Tensor:
     """Weight as (out_features, in_features)."""
     weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator]
-    return weight.T if type(module).__name__ == "Conv1D" else weight
+    return weight.T if is_transposed(module) else weight
+
+
+def set_linear_weight(module: nn.Module, weight: Tensor) -> None:
+    """Give a linear of either orientation a new weight (out_features, in_features)."""
+    own = weight.T if is_transposed(module) else weight
+    module.weight = nn.Parameter(own.contiguous(), requires_grad=False)
 
 
 def replace_linears(model: nn.Module, low_rank: Mapping[str, PairSpec]) -> None:

@@ -155,6 +155,9 @@ class Factorizer:
         keep = METHODS[self.recipe.compress.method].keep
         if keep is not None:
             tensors |= {f"{group.leader}.keep.{name}": t for name, t in keep(data).items()}
+        if self.recipe.compress.sequential:
+            for member, gradient in zip(group.members, data.gradients or (), strict=False):
+                tensors[f"{member.name}.gradient"] = gradient.float()
         return tensors
 
 
@@ -304,6 +307,13 @@ def moment_trouble(structure: Structure, folder: Path) -> Iterator[str]:
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     with atomic_file(path) as making:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, making)
+
+
+def gradients_of(group: InputGroup, path: Path) -> list[Tensor] | None:
+    """G of each member, as a sequential recipe's factor file keeps them; None without gradients."""
+    names = [f"{member.name}.gradient" for member in group.members]
+    found = read_factors(path, tuple(names))
+    return [found[name].double() for name in names] if found else None
 
 
 def read_factors(path: Path, endings: tuple[str, ...]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from svdexport.pipeline.factors import (
     statistics,
 )
 from svdexport.pipeline.job import Job, ModelUnderWork, key, source_key
+from svdexport.pipeline.sequential import fitted_dense, refactor_in_sequence
 from svdexport.pipeline.trials import measured
 from svdexport.report.result import PlanRow
 
@@ -65,7 +66,7 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
     factors_key = key(
         tokens_key,
         *(what.method, what.settings.model_dump(), what.group, what.targets, what.ignore),
-        *(what.damping, sorted(statistics(recipe))),
+        *(what.damping, what.sequential, sorted(statistics(recipe))),
     )
     memory = job.work / MEMORY
     job.stage(
@@ -177,9 +178,13 @@ def _assemble(
     low_rank = compress.low_rank_of(plan)
     shutil.rmtree(checkpoint, ignore_errors=True)
     config = both_rope_forms(compressed_config(model.checkpoint.config, low_rank))
-    tensors = assembled(
-        model.checkpoint, low_rank, compress.pair_tensors(job.recipe.compress, plan, factors)
-    )
+    if job.recipe.compress.sequential:
+        made = refactor_in_sequence(job, model, plan, tokens, factors)
+        replaced = fitted_dense(model, plan)
+    else:
+        made = compress.pair_tensors(job.recipe.compress, plan, factors)
+        replaced = []
+    tensors = assembled(model.checkpoint, low_rank, made, replaced)
     write_checkpoint(checkpoint, model.source.folder, config, tensors)
     compress.save_plan(plan, plan_file)
     (job.work / "base").mkdir(exist_ok=True)

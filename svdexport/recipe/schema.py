@@ -140,6 +140,10 @@ class Budget(_Section):
     )
 
 
+# methods that are an optimum in the metric of the inputs, which can be taken anew in sequence
+SEQUENTIAL = ("svd_llm", "kfac_svd")
+
+
 class Compress(_Section):
     """What is factorised, how, and how the budget is shared out."""
 
@@ -176,6 +180,11 @@ class Compress(_Section):
         le=10,
         description="added to the moments, as a share of their mean eigenvalue",
     )
+    sequential: bool = Field(
+        default=False,
+        description="once ranks are chosen, factor every group anew for the inputs that it has "
+        "behind the compressed layers before it; dense linears are fitted too",
+    )
     stream: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="read one block's weights at a time; auto: where half of the free memory would "
@@ -192,6 +201,12 @@ class Compress(_Section):
         if owner not in info.data:  # that key has an error of its own
             return Settings()
         return settings_of(info.data[owner], value, known)
+
+    @model_validator(mode="after")
+    def _in_sequence(self) -> Compress:
+        if self.sequential and self.method not in SEQUENTIAL:
+            raise ValueError(f"sequential: true goes with method {', '.join(SEQUENTIAL)}")
+        return self
 
 
 class GgufExport(_Section):

@@ -200,3 +200,21 @@ def test_a_gguf_goes_in_and_a_smaller_gguf_comes_out(place: Path, finished: dict
     artifact = next(a for a in found["artifacts"] if a["kept"])
     assert artifact["bytes"] < dense.stat().st_size
     assert artifact["parity"]["problems"] == []
+
+
+def test_factors_made_in_sequence_are_nearer_to_the_model(place: Path) -> None:
+    """Also through the files: dense linears differ from the source's and must be found there."""
+    kld = {}
+    for sequential in ("false", "true"):
+        found = svdexport(
+            *("run", place / "recipe.yaml", "--out", place / f"sequential-{sequential}"),
+            *("--quiet", "--set", f"compress.sequential={sequential}"),
+            *("--set", "speed.rounds=1", "--set", "calibration.samples=32"),
+            *("--set", "export=[{format: gguf, type: F32}, {format: onnx, precision: fp32}]"),
+        )
+        for artifact in found["artifacts"]:
+            assert artifact["parity"]["problems"] == []
+            if artifact["role"] == "compressed":
+                kld[sequential, artifact["format"]] = artifact["quality"]["mean_kld"]
+    assert kld["true", "gguf"] < kld["false", "gguf"]
+    assert kld["true", "onnx"] == pytest.approx(kld["true", "gguf"], rel=0.02)

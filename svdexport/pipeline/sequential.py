@@ -1,0 +1,86 @@
+"""``compress.sequential``: factors made anew, in the order of the layers, for what came before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from svdexport.core.decompose import decompose
+from svdexport.core.moments import CrossMoments
+from svdexport.core.sequence import sequence_target
+from svdexport.factorize import split_outputs
+from svdexport.models.blocks import InputGroup
+from svdexport.models.modules import is_transposed
+from svdexport.models.sequence import Walk
+from svdexport.pipeline.compress import GroupPlan
+from svdexport.pipeline.factors import factors_file, gradients_of
+from svdexport.pipeline.job import Job, ModelUnderWork
+
+MIX = 1.0  # weight of the original inputs beside the compressed model's (core/sequence.py)
+
+
+def fitted_dense(model: ModelUnderWork, plan: list[GroupPlan]) -> list[str]:
+    """Linears that stay dense and get a fitted weight: all but transposed ones (Conv1D)."""
+    return [
+        member.name
+        for entry in plan
+        if entry.allocation.rank is None
+        for member in entry.group.members
+        if not is_transposed(model.weights.model.get_submodule(member.name))
+    ]
+
+
+def refactor_in_sequence(
+    job: Job, model: ModelUnderWork, plan: list[GroupPlan], tokens: Path, folder: Path
+) -> Iterator[dict[str, Tensor]]:
+    """The checkpoint's tensors of every block: pairs, and dense linears, fitted in sequence.
+
+    Ranks are those of the plan. Where the method has gradients' moments, they weight the error as
+    they did when the ranks were chosen.
+    """
+    recipe = job.recipe
+    dense = set(fitted_dense(model, plan))
+    ranks = {entry.group.leader: entry.allocation.rank for entry in plan}
+    made: dict[str, Tensor] = {}
+
+    def refit(
+        group: InputGroup, weights: Sequence[Tensor], moments: CrossMoments
+    ) -> Sequence[Tensor] | None:
+        rank = ranks[group.leader]
+        if rank is None and group.leader not in dense:
+            return None
+        sizes = [member.out_features for member in group.members]
+        target, metric = sequence_target(torch.cat(list(weights)), moments, MIX)
+        if rank is None:
+            new = split_outputs(target.float(), sizes)
+            made.update({f"{m.name}.weight": w for m, w in zip(group.members, new, strict=True)})
+            return new
+        found = decompose(
+            split_outputs(target, sizes),
+            metric,
+            gradients_of(group, factors_file(folder, group.block)),
+            max_rank=rank,
+            output_damping=recipe.compress.damping,
+        )
+        second = split_outputs(found.b, sizes)
+        made[f"{group.leader}.lr_a.weight"] = found.a
+        made.update(
+            {f"{m.name}.lr_b.weight": b for m, b in zip(group.members, second, strict=True)}
+        )
+        return [b @ found.a for b in second]
+
+    walk = Walk(
+        model.weights,
+        model.structure,
+        [entry.group for entry in plan],
+        load_file(tokens)["calibration"],
+        batch=recipe.calibration.batch,
+        scratch=folder,
+    )
+    for _ in walk.run(refit, job.reporter.progress):
+        yield dict(made)
+        made.clear()
