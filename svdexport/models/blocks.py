@@ -244,10 +244,24 @@ def run_block(
     return result
 
 
+def tail_logits(model: nn.Module, structure: Structure, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Logits of the last block's output: final norm, head and whatever else follows the blocks.
+
+    Args:
+        tokens: (batch, tokens); hidden: output of the last block, (batch, tokens, width).
+    """
+    last = len(structure.blocks) - 1
+
+    def put(index: int, passed: Tensor, args: Any, kwargs: Any) -> Tensor:
+        return hidden if index == last else passed
+
+    with _bypassed(model, structure, put):
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
 def tail_gradient(model: nn.Module, structure: Structure, tokens: Tensor, hidden: Tensor) -> Tensor:
     """Gradient of the summed next-token loss with respect to the last block's output.
-
-    Everything after the blocks (final norm, head) runs once, whatever the architecture calls it.
 
     Args:
         tokens: (batch, tokens); hidden: output of the last block, (batch, tokens, width).
@@ -261,13 +275,7 @@ def tail_gradient(model: nn.Module, structure: Structure, tokens: Tensor, hidden
 
 def tail_loss(model: nn.Module, structure: Structure, tokens: Tensor, hidden: Tensor) -> Tensor:
     """Next-token loss summed over all positions, from the last block's output; see above."""
-    last = len(structure.blocks) - 1
-
-    def put(index: int, passed: Tensor, args: Any, kwargs: Any) -> Tensor:
-        return hidden if index == last else passed
-
-    with _bypassed(model, structure, put):
-        logits = model(input_ids=tokens, use_cache=False).logits
-        return nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"
-        )
+    logits = tail_logits(model, structure, tokens, hidden)
+    return nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"
+    )

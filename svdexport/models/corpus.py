@@ -48,6 +48,25 @@ def model_writes(calibration: Calibration, evaluate: Evaluate) -> str:
     return " and ".join(name for name, by_model in own.items() if by_model)
 
 
+def more_text(
+    calibration: Calibration,
+    samples: int,
+    length: int,
+    model: Any,
+    tokenizer: Any,
+    progress: Progress,
+) -> Tensor:
+    """Further samples (samples, length) of the calibration source, for training.
+
+    Text that the model writes itself is new, so that none of it is the evaluation's.
+    Raises RecipeError as ``texts`` does.
+    """
+    if calibration.source == "self":
+        return write_text(model, samples, length, calibration.seed + 1, progress)
+    where, text = _given_text(calibration)
+    return _spread(tokenize(tokenizer, text), samples, length, where)
+
+
 def _written(
     calibration: Calibration, evaluate: Evaluate, model: Any, progress: Progress
 ) -> Tensor | None:

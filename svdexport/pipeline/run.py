@@ -18,6 +18,7 @@ from svdexport.files import sha256_file
 from svdexport.pipeline.artifacts import Artifact, export_all
 from svdexport.pipeline.job import Job, ModelUnderWork, versions
 from svdexport.pipeline.measure import SPEED_RUNTIME, artifact_key, measure_quality, measure_speed
+from svdexport.pipeline.refine import refine_seeds
 from svdexport.pipeline.stages import MEMORY, TROUBLE, Compressed, run_compression
 from svdexport.recipe import canonical_json, recipe_hash
 from svdexport.report import card, html, manifest, markdown
@@ -75,7 +76,7 @@ def run(job: Job, invocation: Invocation) -> Outcome:
 
 def clean(work: Path) -> None:
     """Drop the large intermediate files of a finished run."""
-    for name in ("factors", "checkpoint", "base", "dense", "reference", "out"):
+    for name in ("factors", "checkpoint", "refine", "refined", "base", "dense", "reference", "out"):
         shutil.rmtree(work / name, ignore_errors=True)
 
 
@@ -172,7 +173,7 @@ def _result(
         stages=tuple(StageTime(*stage) for stage in job.reporter.stages),
         versions=versions(),
         machine=describe(),
-        seeds={"calibration": recipe.calibration.seed},
+        seeds={"calibration": recipe.calibration.seed, **refine_seeds(recipe)},
         threads=job.threads,
         evaluation_text=str(recipe.evaluate.text or "held-out text that the model wrote itself"),
         overrides=invocation.overrides,
@@ -180,6 +181,7 @@ def _result(
             *plan_notes(compressed.plan),
             *moment_notes(job, compressed),
             *json.loads((job.work / TROUBLE).read_text(encoding="utf-8")),
+            *compressed.notes,
             (job.work / MEMORY).read_text(encoding="utf-8"),
         ),
     )

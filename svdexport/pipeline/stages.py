@@ -28,6 +28,7 @@ from svdexport.pipeline.factors import (
     statistics,
 )
 from svdexport.pipeline.job import Job, ModelUnderWork, key, source_key
+from svdexport.pipeline.refine import run_refinement
 from svdexport.pipeline.sequential import fitted_dense, refactor_in_sequence
 from svdexport.pipeline.trials import measured
 from svdexport.report.result import PlanRow
@@ -42,19 +43,22 @@ class Compressed:
     """What the compression stages leave.
 
     Attributes:
-        checkpoint: folder of the compressed checkpoint (float32 factors).
+        checkpoint: folder of the compressed checkpoint (float32 factors), refined where the
+            recipe says so.
         plan: one row a linear. tokens: file with calibration and evaluation tokens.
         key: hash of everything that decided it.
+        notes: what the refiners say.
     """
 
     checkpoint: Path
     plan: tuple[PlanRow, ...]
     tokens: Path
     key: str
+    notes: tuple[str, ...] = ()
 
 
 def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
-    """Text, factors, ranks and the checkpoint; finished stages are not repeated."""
+    """Text, factors, ranks, the checkpoint, refinement; finished stages are not repeated."""
     recipe = job.recipe
     origin = source_key(model.source)
     tokens_key = key(origin, recipe.calibration, recipe.evaluate, _stamp(recipe.calibration.file))
@@ -84,11 +88,17 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
     job.stage(
         "checkpoint",
         checkpoint_key,
-        [plan_file, checkpoint, job.work / "base" / IMPORTANCE, job.work / TROUBLE],
+        [plan_file, checkpoint, job.work / IMPORTANCE, job.work / TROUBLE],
         lambda: _assemble(job, model, tokens, factors, plan_file, checkpoint),
     )
     rows = TypeAdapter(tuple[PlanRow, ...]).validate_python(json.loads(plan_file.read_text()))
-    return Compressed(checkpoint, rows, tokens, checkpoint_key)
+    (job.work / "base").mkdir(exist_ok=True)
+    if not recipe.refine:
+        shutil.copyfile(job.work / IMPORTANCE, job.work / "base" / IMPORTANCE)
+        return Compressed(checkpoint, rows, tokens, checkpoint_key)
+    refined = run_refinement(job, model, checkpoint, tokens, checkpoint_key)
+    shutil.copyfile(refined.importance, job.work / "base" / IMPORTANCE)
+    return Compressed(refined.checkpoint, rows, tokens, refined.key, refined.notes)
 
 
 def _stamp(path: Path | None) -> list[int]:
@@ -187,8 +197,7 @@ def _assemble(
     tensors = assembled(model.checkpoint, low_rank, made, replaced)
     write_checkpoint(checkpoint, model.source.folder, config, tensors)
     compress.save_plan(plan, plan_file)
-    (job.work / "base").mkdir(exist_ok=True)
-    save_file(importance(model.structure, factors), job.work / "base" / IMPORTANCE)
+    save_file(importance(model.structure, factors), job.work / IMPORTANCE)
     trouble = list(moment_trouble(model.structure, factors))
     write_atomic(job.work / TROUBLE, json.dumps(trouble))
     for line in (*compress.strategy(plan), *trouble):

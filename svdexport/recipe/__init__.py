@@ -8,6 +8,7 @@ from svdexport.recipe.load import (
     recipe_hash,
     validate,
 )
+from svdexport.recipe.refiners import Distill, Refine
 from svdexport.recipe.schema import (
     Budget,
     Calibration,
@@ -29,6 +30,7 @@ __all__ = [
     "Calibration",
     "CheckpointExport",
     "Compress",
+    "Distill",
     "Evaluate",
     "Export",
     "Gates",
@@ -36,6 +38,7 @@ __all__ = [
     "Model",
     "OnnxExport",
     "Recipe",
+    "Refine",
     "Speed",
     "canonical_json",
     "did_you_mean",

@@ -158,9 +158,11 @@ def _problem(entry: Any) -> str:
     if kind == "union_tag_invalid":
         choices = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
         tag = context["tag"]
-        return f"{key}.format: {_not_one_of(tag, choices)}"
+        return f"{key}.{_tag_key(context)}: {_not_one_of(tag, choices)}"
     if kind == "union_tag_not_found":
-        return f"{key}: format is missing; add format: gguf, onnx or checkpoint"
+        tag_key = _tag_key(context)
+        tags = ", ".join(_tags(loc, tag_key))
+        return f"{key}: {tag_key} is missing; add {tag_key}: one of {tags}"
     if kind == "value_error":
         return f"{key}: {context.get('error', entry['msg'])}"
     message = str(entry["msg"])
@@ -170,6 +172,20 @@ def _problem(entry: Any) -> str:
         message = "must be a mapping of keys to values"
     shown = "" if isinstance(given, dict | list | tuple) else f", not {_short(given)!r}"
     return f"{key}: {message}{shown}"
+
+
+def _tag_key(context: dict[str, Any]) -> str:
+    """The key that tells the entries of a list apart, such as ``format``."""
+    return str(context["discriminator"]).strip("'")
+
+
+def _tags(loc: Sequence[str | int], tag_key: str) -> list[str]:
+    return [
+        str(value)
+        for model in _walk(loc)
+        if tag_key in model.model_fields
+        for value in _literals(model.model_fields[tag_key].annotation)
+    ]
 
 
 def _not_one_of(given: Any, choices: list[str]) -> str:
@@ -259,8 +275,8 @@ def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _readable(loc: Sequence[str | int]) -> list[str | int]:
-    """The error's place without the tag that pydantic adds for an entry of ``export``."""
+    """The error's place without the tag that pydantic adds for an entry of a list of sections."""
     parts = list(loc)
-    if len(parts) > 2 and parts[0] == "export" and isinstance(parts[1], int):
+    if len(parts) > 2 and parts[0] in {"export", "refine"} and isinstance(parts[1], int):
         del parts[2]
     return parts

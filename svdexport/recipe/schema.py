@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     PrivateAttr,
@@ -25,6 +23,8 @@ from pydantic import (
 )
 
 from svdexport.recipe.patterns import Patterns, as_tuple
+from svdexport.recipe.refiners import Refine
+from svdexport.recipe.section import Section as _Section
 from svdexport.recipe.settings import (
     ALLOCATION_SETTINGS,
     METHOD_SETTINGS,
@@ -65,6 +65,11 @@ def _resolve_path(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+def _one_or_more(value: Any) -> Any:
+    """A single section stands for a list of one."""
+    return (value,) if isinstance(value, dict) else as_tuple(value)
+
+
 RecipePath: TypeAlias = Annotated[
     Path,
     BeforeValidator(_resolve_path),
@@ -86,10 +91,6 @@ GgufType: TypeAlias = Literal[
 
 
 _DEFAULT_BLOCK: dict[Any, int] = {"int2": 128}
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Model(_Section):
@@ -326,6 +327,9 @@ class Recipe(_Section):
     model: Model
     calibration: Calibration = Calibration()
     compress: Compress
+    refine: Annotated[tuple[Refine, ...], BeforeValidator(_one_or_more)] = Field(
+        default=(), max_length=8, description="one refiner, or several that run in this order"
+    )
     export: Annotated[tuple[Export, ...], BeforeValidator(as_tuple)] = Field(
         min_length=1, max_length=32
     )

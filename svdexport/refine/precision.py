@@ -1,0 +1,31 @@
+"""The precision of a training step's products: bfloat16 where the processor multiplies in it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from svdexport.recipe.refiners import Precision
+
+BF16_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+def choose(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype for ``auto``: what the hardware says, not a stopwatch, so that reruns agree."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    ask = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.8 and later
+    found: dict[str, Any] = ask() if device.type == "cpu" else {}
+    has = any(found.get(name) for name in BF16_CAPABILITIES)
+    return torch.bfloat16 if has else torch.float32
+
+
+def products_in(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in ``dtype``; weights, norms and the residual stream stay float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
