@@ -115,12 +115,14 @@ def export(
     with _job(Path(recipe), out, overrides, False, reporter) as job:
         from svdexport.pipeline.artifacts import export_all
         from svdexport.pipeline.job import ModelUnderWork
+        from svdexport.pipeline.quantize import quantize_exports
         from svdexport.pipeline.stages import run_compression
 
         model = ModelUnderWork(job)
         job.rundir.staging.mkdir(exist_ok=True)
         compressed = run_compression(job, model)
-        artifacts = export_all(job, model, compressed.checkpoint, compressed.key)
+        quantized = quantize_exports(job, model, compressed)
+        artifacts = export_all(job, model, compressed.checkpoint, quantized.key, quantized.folders)
         return [artifact.path for artifact in artifacts if artifact.role == "compressed"]
 
 

@@ -10,8 +10,14 @@ zero point at ``2**(bits - 1)`` and do not store it. Source: onnxruntime,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from svdexport.core.grids import Scales, Steps
 
 BITS = (2, 4, 8)
 """Bit widths that the CPU kernels of onnxruntime 1.31 take."""
@@ -39,6 +45,11 @@ class NBitsGrid:
         return int(1 << (self.bits - 1))
 
     @property
+    def name(self) -> str:
+        kind = "symmetric" if self.symmetric else "affine"
+        return f"nbits-{self.bits}-{self.block_size}-{kind}"
+
+    @property
     def levels(self) -> int:
         return int(1 << self.bits)
 
@@ -51,6 +62,35 @@ class NBitsGrid:
         blocks = self.blocks(columns)
         zeros = 0 if self.symmetric else -(-blocks * self.bits // 8)
         return int(rows * (blocks * self.block_size * self.bits // 8 + 4 * blocks + zeros))
+
+    @property
+    def block(self) -> int:
+        """Columns whose parameters are stored together: those of a block."""
+        return self.block_size
+
+    def search(self, values: Tensor, weights: Tensor) -> Scales:
+        """``scale`` and ``zero`` (rows, blocks) of small weighted squared error, for GPTQ."""
+        from svdexport.core.grids_search import affine_scale_and_zero, symmetric_scale
+
+        blocks = values.float().reshape(values.shape[0], -1, self.block_size)
+        weight = weights.float().reshape(1, -1, self.block_size)
+        if self.symmetric:
+            scale = symmetric_scale(blocks, weight, -self.zero, self.levels - 1 - self.zero)
+            return {"scale": scale}
+        scale, zero = affine_scale_and_zero(blocks, weight, self.levels - 1)
+        return {"scale": scale, "zero": zero}
+
+    def steps(self, scales: Scales) -> Steps:
+        """The effective parameters of what :meth:`search` found."""
+        import torch
+
+        from svdexport.core.grids import Steps
+
+        scale = scales["scale"]
+        zero = scales.get("zero", torch.full_like(scale, float(self.zero)))
+        return Steps(
+            scale, torch.zeros_like(scale), zero.float(), self.block_size, 0, self.levels - 1
+        )
 
 
 @dataclass(frozen=True)
@@ -70,6 +110,11 @@ class NBitsTensor:
     zeros: np.ndarray
     columns: int
     grid: NBitsGrid
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns), without padding."""
+        return self.codes.shape[0], self.columns
 
 
 @dataclass(frozen=True)
@@ -149,6 +194,17 @@ def _pad_with_zero_point(codes: np.ndarray, zeros: np.ndarray, columns: int) -> 
     rest = columns % codes.shape[-1]
     if rest:
         codes[:, -1, rest:] = zeros[:, -1, None]
+
+
+def from_codes(codes: Tensor, scales: Scales, columns: int, grid: NBitsGrid) -> NBitsTensor:
+    """A weight quantised elsewhere: codes (rows, blocks * block_size), padding included."""
+    scale = np.ascontiguousarray(scales["scale"].numpy(), np.float32)
+    zeros = np.full(scale.shape, grid.zero, np.uint8)
+    if "zero" in scales:
+        zeros = scales["zero"].numpy().astype(np.uint8)
+    blocks = codes.numpy().reshape(len(scale), -1, grid.block_size).copy()
+    _pad_with_zero_point(blocks, zeros, columns)
+    return NBitsTensor(blocks, scale, zeros, columns, grid)
 
 
 def dequantize(tensor: NBitsTensor) -> np.ndarray:

@@ -23,6 +23,7 @@ class ExportRequest:
         out: file or folder to create; the caller renames it into place.
         work: scratch folder shared by all exports of a run.
         spec: the recipe's entry.
+        packed: folder of weights that were quantised before, in the types of ``spec``.
     """
 
     checkpoint: Checkpoint
@@ -31,6 +32,7 @@ class ExportRequest:
     out: Path
     work: Path
     spec: ExportSpec
+    packed: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ from svdexport.export import gguf_stock
 from svdexport.export.base import Exported, ExportRequest
 from svdexport.export.gguf_importance import read_importance
 from svdexport.export.gguf_layout import Layout, LayoutBuilder
+from svdexport.export.gguf_packed import ready_tensors
 from svdexport.export.gguf_plan import changed_tensors, make_plan
 from svdexport.export.gguf_read import check_round_trip, read_back
-from svdexport.export.gguf_types import FILE_TYPES, Types
+from svdexport.export.gguf_types import Types, file_type
 from svdexport.export.gguf_write import string, u32, u64, write
+from svdexport.packed import PackedFolder
 from svdexport.recipe import GgufExport
 from svdexport.runtimes.gguf_file import FORM_KEY, LORA_FORM, GgufFile, adapter_path
 
@@ -49,9 +51,12 @@ def export(request: ExportRequest) -> Exported:
         changed |= gguf_stock.remainders(request.checkpoint, places, base)
     kept = places if spec.form == "pairs" else []
     importance = read_importance(request.work if spec.importance else None, plan.matches)
-    layout = LayoutBuilder(base, request.checkpoint, types, kept, changed, importance).build()
+    ready = ready_tensors(PackedFolder.open(request.packed), plan.matches, kept)
+    builder = LayoutBuilder(base, request.checkpoint, types, kept, changed, importance, ready)
+    layout = builder.build()
     form = spec.form if places else "pairs"
-    metadata = merged_metadata(base, spec.type, form, layout if kept else None)
+    number = file_type(spec.type, ((t.type, t.nbytes) for t in layout.tensors))
+    metadata = merged_metadata(base, number, form, layout if kept else None)
     records = write(out, metadata, layout.tensors, base.alignment)
     size = out.stat().st_size
     if form == LORA_FORM:
@@ -63,14 +68,14 @@ def export(request: ExportRequest) -> Exported:
 
 
 def merged_metadata(
-    base: GgufFile, type_name: str, form: str, layout: Layout | None
+    base: GgufFile, file_type_number: int, form: str, layout: Layout | None
 ) -> list[bytes]:
     """The base's entries byte for byte; ours put in their place or at the end.
 
     ``layout`` is given where the file holds pairs.
     """
     entries = {k: v for k, v in base.kv_bytes.items() if not k.startswith(OWN_PREFIX)}
-    entries[FILE_TYPE_KEY] = u32(FILE_TYPE_KEY, FILE_TYPES[type_name])
+    entries[FILE_TYPE_KEY] = u32(FILE_TYPE_KEY, file_type_number)
     if form != "pairs":
         entries[FORM_KEY] = string(FORM_KEY, form)
     if layout is not None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -48,6 +49,16 @@ class PairPlace:
     a: str
     b: str
     match: Match
+
+
+class Ready(Protocol):
+    """A tensor that is quantised already: its type, and its rows of bytes in the file's order."""
+
+    @property
+    def type(self) -> str: ...
+
+    @property
+    def rows(self) -> Callable[[], np.ndarray]: ...
 
 
 @dataclass
@@ -116,6 +127,7 @@ class LayoutBuilder:
         places: list[PairPlace],
         changed: dict[str, Callable[[], np.ndarray]],
         importance: Importance,
+        ready: Mapping[str, Ready],
     ) -> None:
         self._base = base
         self._checkpoint = checkpoint
@@ -125,6 +137,8 @@ class LayoutBuilder:
             self._places.setdefault(place.match.tensor, []).append(place)
         self._changed = changed
         self._importance = importance
+        self._ready = ready
+        self._packed: Counter[str] = Counter()
         self._layout = Layout()
         self._fallbacks: Counter[tuple[str, str, str]] = Counter()
         self._extra_bytes: Counter[tuple[str, str, str]] = Counter()
@@ -141,6 +155,7 @@ class LayoutBuilder:
         self._note_fallbacks()
         self._note_copies()
         self._note_requantised()
+        self._note_packed()
         return self._layout
 
     def _add_pair(self, places: list[PairPlace]) -> None:
@@ -187,7 +202,9 @@ class LayoutBuilder:
         info = self._base.tensors[name]
         base, asked = self._base, self._types.dense(name, info)
         weights = self._importance.of_tensor(name)
-        if changed := self._changed.get(name):
+        if name in self._ready:
+            self._add(name, info.ne, asked, self._ready[name].rows)
+        elif changed := self._changed.get(name):
             self._add(name, info.ne, asked, changed, weights)
         elif held(asked, info.ne[0]) == info.type or len(info.ne) < 2:
             self._layout.tensors.append(Planned(name, info.ne, info.type, lambda: base.raw(name)))
@@ -208,8 +225,13 @@ class LayoutBuilder:
             return
         self._done.add(name)
         type_name = held(asked, ne[0])
-        planned = Planned(name, ne, type_name, values, importance)
-        if type_name != asked:
+        ready = self._ready.get(name)
+        if ready is not None:
+            self._packed[ready.type] += 1
+            values, importance = ready.rows, None
+        chosen = type_name if ready is None else ready.type
+        planned = Planned(name, ne, chosen, values, importance)
+        if chosen == type_name != asked:
             key = (asked, type_name, re.sub(r"\d+", "N", name))
             self._fallbacks[key] += 1
             elements = int(np.prod(ne, dtype=np.int64))
@@ -241,6 +263,10 @@ class LayoutBuilder:
         """Dense tensors of a quantised input were dequantised to get the type asked for."""
         for (given, now), count in sorted(self._requantised.items()):
             self._layout.notes.append(f"{count} dense tensors of the given GGUF: {given} to {now}")
+
+    def _note_packed(self) -> None:
+        for type_name, count in sorted(self._packed.items()):
+            self._layout.notes.append(f"{count} tensors hold the run's own {type_name} values")
 
 
 def _by_expert(places: list[PairPlace], info: GgufTensor) -> list[PairPlace]:

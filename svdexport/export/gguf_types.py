@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from svdexport.recipe import GgufExport
@@ -24,6 +26,8 @@ FILE_TYPES = {
     "IQ4_NL": 25,
     "BF16": 32,
 }
+
+MIXED_REST = "Q4_0"  # in a file of mixed types, what the byte budget did not choose; and its twin
 
 # llama.cpp's own answer where a row is no whole number of a type's blocks
 # (tensor_type_fallback in llama-quant.cpp); what fits neither becomes F16.
@@ -63,10 +67,11 @@ class Types:
         Without keys of their own, embedding and head are what ``llama_model_quantize`` makes
         them: the type itself, but the head (or tied embedding) Q6_K below Q8_0.
         """
-        plain = spec.type in (*FLOATS, "Q8_0")
-        head = spec.head_type or (spec.type if plain else "Q6_K")
-        embedding = spec.embedding_type or (head if tied else spec.type)
-        return cls(spec.type, spec.type_a or spec.type, spec.type_b or spec.type, embedding, head)
+        linear = MIXED_REST if spec.type == "mixed" else spec.type
+        plain = linear in (*FLOATS, "Q8_0")
+        head = spec.head_type or (linear if plain else "Q6_K")
+        embedding = spec.embedding_type or (head if tied else linear)
+        return cls(linear, spec.type_a or linear, spec.type_b or linear, embedding, head)
 
     def dense(self, name: str, info: GgufTensor) -> str:
         """The type asked for a dense tensor of the base; its own where it is not to be changed."""
@@ -77,6 +82,17 @@ class Types:
         if name == "token_embd.weight":
             return self.embedding
         return self.head if name == "output.weight" else self.linear
+
+
+def file_type(type_name: str, sizes: Iterable[tuple[str, int]]) -> int:
+    """``general.file_type``; of a mixed file, that of the type with the most bytes."""
+    if type_name != "mixed":
+        return FILE_TYPES[type_name]
+    total: Counter[str] = Counter()
+    for name, size in sizes:
+        if name in FILE_TYPES:
+            total[name] += size
+    return FILE_TYPES[total.most_common(1)[0][0]]
 
 
 def held(type_name: str, row_length: int) -> str:

@@ -15,6 +15,7 @@ from svdexport.core.grids_onnx import NBitsGrid
 from svdexport.errors import ArtifactError, MissingExtraError
 from svdexport.export.base import Exported, ExportRequest, TensorRecord
 from svdexport.export.onnx_last import differences, last_position_graph
+from svdexport.packed import PackedFolder
 from svdexport.recipe import OnnxExport
 from svdexport.runtimes.onnx_graph import ROWS_KEY
 
@@ -65,10 +66,11 @@ def export(request: ExportRequest) -> Exported:
     plan = BuildPlan(
         request.checkpoint,
         request.source,
-        _grid(_BITS[spec.precision], spec.block_size),
+        linear_grid(spec),
         _grid(_HEAD_BITS[spec.precision], spec.block_size),
         half=spec.precision == "fp16",
         standard=spec.operators == "standard",
+        packed=PackedFolder.open(request.packed),
     )
     every, genai, emission, records, reason = _build(plan, request.out)
     files = {MODEL_FILE: every}
@@ -111,6 +113,11 @@ def _build(
     model.metadata_props[ROWS_KEY] = json.dumps(rows, separators=(",", ":"))
     model.metadata_props[TRANSPOSED_KEY] = json.dumps(sorted(emission.transposed))
     return ir.to_proto(model), genai, emission, data.records, reason
+
+
+def linear_grid(spec: OnnxExport) -> NBitsGrid | None:
+    """Grid of the linears of an export; None for float32."""
+    return _grid(_BITS[spec.precision], spec.block_size)
 
 
 def _grid(bits: int | None, block_size: int) -> NBitsGrid | None:

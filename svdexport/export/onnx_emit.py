@@ -14,7 +14,8 @@ import torch
 from svdexport.checkpoint import Checkpoint
 from svdexport.core.grids_onnx import NBitsGrid
 from svdexport.errors import InputError
-from svdexport.export.onnx_pack import DataWriter, packed_initializers, to_half
+from svdexport.export.onnx_pack import DataWriter, packed_initializers, quantized, to_half
+from svdexport.packed import PackedFolder
 
 ACCURACY_LEVEL = 4
 """MatMulNBits multiplies in int8; level 0 is 3 to 28 times slower than fp32 at 8 and 2 bits."""
@@ -37,6 +38,7 @@ class BuildPlan:
         head_grid: grid of the LM head; None for float32.
         half: everything in float16, logits and cache too, for WebGPU; the grids are then None.
         standard: ONNX's own operators alone.
+        packed: weights that were quantised before.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +47,7 @@ class BuildPlan:
     head_grid: NBitsGrid | None
     half: bool = False
     standard: bool = False
+    packed: PackedFolder | None = None
 
 
 @dataclass
@@ -230,7 +233,8 @@ class PairEmitter:
         self, weight: np.ndarray, rows: list[Row], grid: NBitsGrid, node: str
     ) -> list[str]:
         names = []
-        for suffix, array in packed_initializers(weight, grid).items():
+        stored = quantized(weight, grid, [tensor for tensor, _ in rows], self.plan.packed)
+        for suffix, array in packed_initializers(stored, grid).items():
             names.append(f"{_dotted(node)}.{suffix}")
             self.add_array(names[-1], array)
         self.emission.rows[names[0]] = rows

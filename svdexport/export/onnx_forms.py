@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from svdexport.core.grids_onnx import NBitsGrid, quantize, signed
+from svdexport.core.grids_onnx import NBitsGrid, NBitsTensor, quantize, signed
 from svdexport.export.onnx_emit import ACCURACY_LEVEL
 from svdexport.export.onnx_pack import DataWriter, packed_initializers
 
@@ -28,7 +28,7 @@ class Form:
         self.graph = model.graph
         self.data = data
 
-    def linear(self, node: ir.Node, stem: str, weight: np.ndarray, grid: NBitsGrid) -> ir.Value:
+    def linear(self, node: ir.Node, stem: str, weight: NBitsTensor) -> ir.Value:
         """Make ``node``, a MatMul, multiply with the quantised weight; gives its initialiser."""
         raise NotImplementedError
 
@@ -110,9 +110,9 @@ class ContribForm(Form):
         super().__init__(model, data)
         model.opset_imports["com.microsoft"] = 1
 
-    def linear(self, node: ir.Node, stem: str, weight: np.ndarray, grid: NBitsGrid) -> ir.Value:
-        packed = self._packed(stem, weight, grid)
-        self._nbits(node, packed, weight.shape, grid)
+    def linear(self, node: ir.Node, stem: str, weight: NBitsTensor) -> ir.Value:
+        packed = self._packed(stem, weight, weight.grid)
+        self._nbits(node, packed, weight.shape, weight.grid)
         return packed[0]
 
     def shared(
@@ -167,7 +167,9 @@ class ContribForm(Form):
         inputs = [table[0], node.inputs[1], *table[1:]]
         self._replace(node, "GatherBlockQuantized", inputs, settings, "com.microsoft")
 
-    def _packed(self, stem: str, weight: np.ndarray, grid: NBitsGrid) -> list[ir.Value]:
+    def _packed(
+        self, stem: str, weight: np.ndarray | NBitsTensor, grid: NBitsGrid
+    ) -> list[ir.Value]:
         arrays = packed_initializers(weight, grid)
         return [self.add(f"{stem}.{key}", array) for key, array in arrays.items()]
 
@@ -193,9 +195,9 @@ class StandardForm(Form):
             model.opset_imports[""] = _OPSETS[grid.bits]
             model.ir_version = _IR_VERSIONS[grid.bits]
 
-    def linear(self, node: ir.Node, stem: str, weight: np.ndarray, grid: NBitsGrid) -> ir.Value:
-        codes, scales = self._codes(stem, weight, grid)
-        self._dequantised(node, [codes, scales], grid)
+    def linear(self, node: ir.Node, stem: str, weight: NBitsTensor) -> ir.Value:
+        codes, scales = self._codes(stem, weight)
+        self._dequantised(node, [codes, scales], weight.grid)
         return codes
 
     def shared(
@@ -203,7 +205,7 @@ class StandardForm(Form):
     ) -> list[ir.Value]:
         if grid is None:
             return [self.add(name, np.ascontiguousarray(weight.T))]
-        return self._codes(stem, weight, grid)
+        return self._codes(stem, quantize(weight, grid))
 
     def head(
         self,
@@ -232,10 +234,11 @@ class StandardForm(Form):
             settings: dict[str, object] = {"axis": 2, "block_size": grid.block_size}
             self._replace(node, "DequantizeLinear", [*turned], settings)
 
-    def _codes(self, stem: str, weight: np.ndarray, grid: NBitsGrid) -> list[ir.Value]:
-        codes, scales = signed(quantize(weight, grid))
-        name = f"{stem}.weight_Q{grid.bits}"
-        stored = self._register(name, self.data.add_codes(name, codes, grid.bits))
+    def _codes(self, stem: str, weight: NBitsTensor) -> list[ir.Value]:
+        codes, scales = signed(weight)
+        bits = weight.grid.bits
+        name = f"{stem}.weight_Q{bits}"
+        stored = self._register(name, self.data.add_codes(name, codes, bits))
         return [stored, self.add(f"{stem}.weight_scales", scales)]
 
     def _dequantised(self, node: ir.Node, values: Sequence[ir.Value], grid: NBitsGrid) -> None:

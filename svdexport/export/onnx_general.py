@@ -11,7 +11,7 @@ import torch
 from svdexport.errors import InputError
 from svdexport.export.onnx_emit import HEAD, BuildPlan, Emission
 from svdexport.export.onnx_forms import ContribForm, Form, StandardForm
-from svdexport.export.onnx_pack import DataWriter, to_half
+from svdexport.export.onnx_pack import DataWriter, quantized, to_half
 from svdexport.export.onnx_trace import PREFIX, stand_in_of, trace, traced_model
 
 IR_VERSION = 10
@@ -125,7 +125,8 @@ class _Writer:
             name = f"{stem}.MatMul.weight"
             self.form.add(name, self._float(weight.T, tensor), into=stand_in)
         else:
-            name = str(self.form.linear(node, f"{stem}.MatMul", weight, grid).name)
+            stored = quantized(weight, grid, [tensor], self.plan.packed)
+            name = str(self.form.linear(node, f"{stem}.MatMul", stored).name)
             self.emission.grids[name] = grid
             del self.graph.initializers[str(stand_in.name)]
         if tensor != self.embedding:  # which has its own initialiser

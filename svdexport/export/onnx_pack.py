@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -9,9 +10,18 @@ from typing import BinaryIO
 import numpy as np
 import onnx_ir as ir
 
-from svdexport.core.grids_onnx import NBitsGrid, pack, pack_bits, quantize
+from svdexport.core.grids_onnx import (
+    NBitsGrid,
+    NBitsTensor,
+    PackedNBits,
+    pack,
+    pack_bits,
+    quantize,
+    unpack,
+)
 from svdexport.errors import InputError
 from svdexport.export.base import TensorRecord
+from svdexport.packed import PackedFolder
 
 _PAGE = 4096
 """onnxruntime maps external data; large tensors start on a page."""
@@ -101,9 +111,26 @@ def to_half(array: np.ndarray, name: str) -> np.ndarray:
     return array.astype(np.float16)
 
 
-def packed_initializers(weight: np.ndarray, grid: NBitsGrid) -> dict[str, np.ndarray]:
+def quantized(
+    weight: np.ndarray, grid: NBitsGrid, tensors: Sequence[str], ready: PackedFolder | None
+) -> NBitsTensor:
+    """W (rows, columns) on the grid. ``tensors`` are those of the checkpoint that W stacks; where
+    all of them were quantised onto this grid before (``ready``), those values are taken.
+    """
+    if ready is None or not all(ready.kinds.get(tensor) == grid.name for tensor in tensors):
+        return quantize(weight, grid)
+    parts = [ready.read(tensor).parts for tensor in tensors]
+    packed = PackedNBits(
+        np.concatenate([part["weight"] for part in parts]),
+        np.concatenate([part["scales"] for part in parts]),
+        None if grid.symmetric else np.concatenate([part["zeros"] for part in parts]),
+    )
+    return unpack(packed, weight.shape[1], grid)
+
+
+def packed_initializers(weight: np.ndarray | NBitsTensor, grid: NBitsGrid) -> dict[str, np.ndarray]:
     """The initialisers of a MatMulNBits node for W (rows, columns), by their suffix."""
-    packed = pack(quantize(weight, grid))
+    packed = pack(weight if isinstance(weight, NBitsTensor) else quantize(weight, grid))
     arrays = {f"weight_Q{grid.bits}": packed.weight, "weight_scales": packed.scales}
     if packed.zeros is not None:
         arrays["weight_zero_points"] = packed.zeros

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,8 +62,17 @@ def artifact_name(spec: Export) -> str:
     return f"onnx-{spec.label}"
 
 
-def export_all(job: Job, model: ModelUnderWork, checkpoint: Path, origin: str) -> list[Artifact]:
-    """Write every export of the recipe, compressed and dense, and check each file."""
+def export_all(
+    job: Job,
+    model: ModelUnderWork,
+    checkpoint: Path,
+    origin: str,
+    quantized: Mapping[Export, Path],
+) -> list[Artifact]:
+    """Write every export of the recipe, compressed and dense, and check each file.
+
+    ``quantized``: folders of weights that the run quantised itself; dense twins take none of them.
+    """
     written: list[Artifact] = []
     for spec in job.recipe.export:
         name = artifact_name(spec)
@@ -71,13 +80,21 @@ def export_all(job: Job, model: ModelUnderWork, checkpoint: Path, origin: str) -
             if role == "dense" and isinstance(spec, CheckpointExport):
                 continue  # its twin is the user's own folder
             opened = Checkpoint.open(checkpoint if role == "compressed" else model.source.folder)
-            exported = _export(job, model, spec, opened, root / name, key(origin, spec, role))
+            packed = quantized.get(spec) if role == "compressed" else None
+            stage_key = key(origin, spec, role)
+            exported = _export(job, model, spec, opened, root / name, stage_key, packed)
             written.append(_checked(job, model, spec, role, opened, exported))  # type: ignore[arg-type]
     return written
 
 
 def _export(
-    job: Job, model: ModelUnderWork, spec: Export, opened: Checkpoint, out: Path, stage_key: str
+    job: Job,
+    model: ModelUnderWork,
+    spec: Export,
+    opened: Checkpoint,
+    out: Path,
+    stage_key: str,
+    packed: Path | None,
 ) -> Exported:
     stage = f"export {out.parent.name} {out.name}".replace("out ", "", 1)
     record = job.work / "exports" / f"{out.parent.name}-{out.name}.json"
@@ -88,7 +105,7 @@ def _export(
             folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(out, ignore_errors=True)
         source = model.source
-        request = ExportRequest(opened, source.folder, source.gguf, out, scratch, spec)
+        request = ExportRequest(opened, source.folder, source.gguf, out, scratch, spec, packed)
         made = exporter(spec.format).export(request)
         write_atomic(record, _EXPORTED.dump_json(made))
         for note in made.notes:

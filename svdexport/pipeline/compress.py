@@ -61,7 +61,7 @@ def allocate_ranks(
             )
         )
     chosen = STRATEGIES[compress.allocate].allocate(
-        candidates, compress.budget.param_ratio, compress.rank_multiple, compress.allocation
+        candidates, compress.kept, compress.rank_multiple, compress.allocation
     )
     return [
         _plan(
@@ -72,6 +72,12 @@ def allocate_ranks(
         )
         for group in groups
     ]
+
+
+def all_dense(recipe: Recipe, structure: Structure) -> list[GroupPlan]:
+    """The plan of ``compress.method: none``."""
+    choice = Allocation(None, "compress.method is none")
+    return [GroupPlan(group, choice, 0.0, 0.0) for group in chosen_groups(recipe, structure)]
 
 
 def candidate(group: InputGroup) -> Candidate:

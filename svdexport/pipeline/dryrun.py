@@ -29,7 +29,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     groups = chosen_groups(recipe, structure)
     compress = recipe.compress
     chosen = uniform.allocate(
-        [candidate(group) for group in groups], compress.budget.param_ratio, compress.rank_multiple
+        [candidate(group) for group in groups], compress.kept, compress.rank_multiple
     )
     rows = []
     for group in groups:

@@ -15,6 +15,7 @@ from svdexport.allocate import STRATEGIES
 from svdexport.core.decompose import INPUT_DAMPING, Decomposition, relative_errors
 from svdexport.core.lowrank import FactorPair, break_even_rank
 from svdexport.core.moments import Statistic
+from svdexport.core.noise import noise_model
 from svdexport.core.ranks import ALONE, Ranks
 from svdexport.factorize import METHODS, GroupData
 from svdexport.files import atomic_file
@@ -29,7 +30,8 @@ from svdexport.recipe.settings import BasisSharing, DobiSvd
 def chosen_groups(recipe: Recipe, structure: Structure) -> list[InputGroup]:
     """Groups of linears that the recipe compresses."""
     compress = recipe.compress
-    only = METHODS[compress.method].only
+    method = METHODS.get(compress.method)  # none: all linears that a method could take
+    only = method.only if method else ()
     if only:
         return select(structure, compress.targets, compress.ignore, False, only)
     return select(structure, compress.targets, compress.ignore, compress.group)
@@ -38,6 +40,8 @@ def chosen_groups(recipe: Recipe, structure: Structure) -> list[InputGroup]:
 def statistics(recipe: Recipe) -> frozenset[Statistic]:
     """What calibration must collect for the recipe's method and allocation."""
     compress = recipe.compress
+    if compress.method == "none":  # quantisation takes its own
+        return frozenset()
     return METHODS[compress.method].needs | STRATEGIES[compress.allocate].needs
 
 
@@ -152,6 +156,8 @@ class Factorizer:
         tensors = _pack(group.leader, found, errors) | _importance(group, found, moments)
         if moments.similarity is not None:
             tensors[f"{group.leader}.similarity"] = torch.tensor(moments.similarity).double()
+        if self.recipe.compress.by_bytes:
+            tensors |= _noise(self.recipe, group.leader, found, data)
         keep = METHODS[self.recipe.compress.method].keep
         if keep is not None:
             tensors |= {f"{group.leader}.keep.{name}": t for name, t in keep(data).items()}
@@ -248,6 +254,25 @@ def _pack(leader: str, found: Decomposition, errors: Tensor) -> dict[str, Tensor
         f"{leader}.energies": found.energies,
         f"{leader}.errors": errors,
         f"{leader}.damping": torch.tensor(found.damping, dtype=torch.float64),
+    }
+
+
+def _noise(recipe: Recipe, leader: str, found: Decomposition, data: GroupData) -> dict[str, Tensor]:
+    """What a byte budget needs to predict the losses of quantised forms."""
+    assert data.inputs is not None and data.gradients is not None and recipe.quantize
+    model = noise_model(
+        data.weights,
+        found,
+        data.inputs,
+        data.gradients,
+        damping=recipe.quantize.damping,
+        output_damping=recipe.compress.damping,
+    )
+    dense = torch.tensor(model.dense, dtype=torch.float64)
+    return {
+        f"{leader}.noise.dense": dense,
+        f"{leader}.noise.a": model.a,
+        f"{leader}.noise.b": model.b,
     }
 
 

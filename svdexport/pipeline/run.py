@@ -13,11 +13,12 @@ from safetensors.numpy import load_file
 
 from svdexport.core.machine import describe
 from svdexport.core.measures import ArtifactSpeed, GateResult, Measured, Quality, Verdict
-from svdexport.factorize import METHODS
 from svdexport.files import sha256_file
 from svdexport.pipeline.artifacts import Artifact, export_all
+from svdexport.pipeline.factors import statistics
 from svdexport.pipeline.job import Job, ModelUnderWork, versions
 from svdexport.pipeline.measure import SPEED_RUNTIME, artifact_key, measure_quality, measure_speed
+from svdexport.pipeline.quantize import quantize_exports
 from svdexport.pipeline.refine import refine_seeds
 from svdexport.pipeline.stages import MEMORY, TROUBLE, Compressed, run_compression
 from svdexport.recipe import canonical_json, recipe_hash
@@ -55,7 +56,8 @@ def run(job: Job, invocation: Invocation) -> Outcome:
     model = ModelUnderWork(job)
     job.rundir.staging.mkdir(exist_ok=True)
     compressed = run_compression(job, model)
-    artifacts = export_all(job, model, compressed.checkpoint, compressed.key)
+    quantized = quantize_exports(job, model, compressed)
+    artifacts = export_all(job, model, compressed.checkpoint, quantized.key, quantized.folders)
     intact = not any(a.round_trip or (a.parity and a.parity.problems) for a in artifacts)
     quality: dict[str, Quality] = {}
     speed: dict[str, ArtifactSpeed] = {}
@@ -76,7 +78,8 @@ def run(job: Job, invocation: Invocation) -> Outcome:
 
 def clean(work: Path) -> None:
     """Drop the large intermediate files of a finished run."""
-    for name in ("factors", "checkpoint", "refine", "refined", "base", "dense", "reference", "out"):
+    made = ("factors", "checkpoint", "refine", "refined", "quantized", "base", "dense", "reference")
+    for name in (*made, "out"):
         shutil.rmtree(work / name, ignore_errors=True)
 
 
@@ -215,7 +218,7 @@ def _license(folder: Path) -> str:
 
 def moment_notes(job: Job, compressed: Compressed) -> tuple[str, ...]:
     """How many moments cannot have full rank, since calibration has fewer tokens than inputs."""
-    if "inputs" not in METHODS[job.recipe.compress.method].needs:
+    if "inputs" not in statistics(job.recipe):
         return ()
     tokens = load_file(compressed.tokens)["calibration"].size
     starved = sum(row.shape[1] > tokens for row in compressed.plan)

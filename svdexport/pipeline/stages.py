@@ -20,6 +20,7 @@ from svdexport.files import write_atomic
 from svdexport.models.corpus import model_writes, texts
 from svdexport.models.loader import both_rope_forms
 from svdexport.pipeline import compress
+from svdexport.pipeline.byte_budget import allocate_bytes
 from svdexport.pipeline.factors import (
     factorize_blocks,
     finished_blocks,
@@ -65,6 +66,12 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
     tokens = job.work / "tokens.safetensors"
     job.stage("text", tokens_key, [tokens], lambda: _write_tokens(job, model, tokens))
 
+    if recipe.compress.method == "none":
+        write_atomic(job.work / MEMORY, model.memory.note)
+        write_atomic(job.work / TROUBLE, json.dumps([]))
+        rows = tuple(compress.plan_rows(compress.all_dense(recipe, model.structure)))
+        return Compressed(model.source.folder, rows, tokens, key(tokens_key, "none"))
+
     factors = job.work / "factors"
     what = recipe.compress
     factors_key = key(
@@ -72,6 +79,8 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
         *(what.method, what.settings.model_dump(), what.group, what.targets, what.ignore),
         *(what.damping, what.sequential, sorted(statistics(recipe))),
     )
+    if what.by_bytes:  # which also asks for predictions of quantisation losses
+        factors_key = key(factors_key, recipe.quantize)
     memory = job.work / MEMORY
     job.stage(
         "factors",
@@ -184,7 +193,10 @@ def _assemble(
             )
         text = load_file(tokens)["calibration"]
         more = measured(recipe, structure, factors, model.model, text, job.reporter.progress)
-    plan = compress.allocate_ranks(recipe, structure, factors, more)
+    if recipe.compress.by_bytes:
+        plan = allocate_bytes(job, model, factors, load_file(tokens)["calibration"])
+    else:
+        plan = compress.allocate_ranks(recipe, structure, factors, more)
     low_rank = compress.low_rank_of(plan)
     shutil.rmtree(checkpoint, ignore_errors=True)
     config = both_rope_forms(compressed_config(model.checkpoint.config, low_rank))

@@ -43,7 +43,7 @@ def measured(
     if wanted == "positions":
         assert isinstance(settings, DobiPositions)
         text = tokens[: settings.samples, : settings.length]
-        ratio = recipe.compress.budget.param_ratio
+        ratio = recipe.compress.kept
         found = learn_positions(model, groups, text, ratio, settings, progress)
         return {leader: {"position": position} for leader, position in found.items()}
     return {}

@@ -88,6 +88,20 @@ Count: TypeAlias = Annotated[int, Field(ge=1, le=10**9)]
 GgufType: TypeAlias = Literal[
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_NL", "Q3_K", "Q2_K"
 ]
+FileType: TypeAlias = Literal[
+    "F32",
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q4_K",
+    "Q4_0",
+    "IQ4_NL",
+    "Q3_K",
+    "Q2_K",
+    "mixed",
+]
 
 
 _DEFAULT_BLOCK: dict[Any, int] = {"int2": 128}
@@ -134,11 +148,22 @@ class Calibration(_Section):
 
 
 class Budget(_Section):
-    """How much to keep."""
+    """How much to keep, or how large the file may be.
 
-    param_ratio: float = Field(
-        gt=0, le=1, description="kept share of the parameters of the factorised linears"
+    With ``bytes`` form, rank and type of every matrix are chosen, embedding and head among them,
+    for the one GGUF export of type ``mixed``.
+    """
+
+    param_ratio: float | None = Field(
+        default=None, gt=0, le=1, description="kept share of the factorised linears' parameters"
     )
+    bytes: Bytes | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Budget:
+        if (self.param_ratio is None) == (self.bytes is None):
+            raise ValueError("give exactly one of param_ratio and bytes")
+        return self
 
 
 # methods that are an optimum in the metric of the inputs, which can be taken anew in sequence
@@ -149,6 +174,7 @@ class Compress(_Section):
     """What is factorised, how, and how the budget is shared out."""
 
     method: Literal[
+        "none",
         "svd",
         "fwsvd",
         "tfwsvd",
@@ -167,7 +193,7 @@ class Compress(_Section):
     group: bool = Field(default=True, description="linears that share an input share one A")
     targets: Patterns = Field(default=("re:.*",), min_length=1, max_length=1000)
     ignore: Patterns = Field(default=("lm_head",), max_length=1000)
-    budget: Budget
+    budget: Budget | None = Field(default=None, description="left out with method none only")
     allocate: Literal["uniform", "greedy", "svd_llm_v2", "adacr", "asvd", "dobi_svd", "lorc"] = (
         "greedy"
     )
@@ -192,6 +218,25 @@ class Compress(_Section):
         "not hold the model",
     )
 
+    @model_validator(mode="after")
+    def _budget_given(self) -> Compress:
+        if self.method == "none" and self.budget is not None:
+            raise ValueError("method is none, which compresses nothing: leave out budget")
+        if self.method != "none" and self.budget is None:
+            raise ValueError("budget is missing; write for example budget: {param_ratio: 0.8}")
+        return self
+
+    @property
+    def kept(self) -> float:
+        """Share of the linears' parameters to keep; 1 where it is not what the budget limits."""
+        given = None if self.budget is None else self.budget.param_ratio
+        return 1.0 if given is None else given
+
+    @property
+    def by_bytes(self) -> bool:
+        """Whether the file's bytes are the budget."""
+        return self.budget is not None and self.budget.bytes is not None
+
     @field_validator("settings", "allocation", mode="plain")
     @classmethod
     def _own_keys(cls, value: Any, info: ValidationInfo) -> Settings:
@@ -210,8 +255,25 @@ class Compress(_Section):
         return self
 
 
+class Quantize(_Section):
+    """Weights onto the exports' grids before they are written; without it each format's own way.
+
+    ``gptq`` hands each column's rounding error on to the next in the metric of the calibration's
+    inputs, then visits the columns ``sweeps`` times again; ``rtn`` rounds to nearest with scales
+    searched by the inputs' mean squares. ``damping`` is added to the moments, as a share of their
+    mean. ``order``: columns by falling mean square of their input, or from left to right.
+    """
+
+    algorithm: Literal["gptq", "rtn"] = "gptq"
+    damping: float = Field(default=0.01, ge=0, le=10)
+    order: Literal["activation", "natural"] = "activation"
+    sweeps: int = Field(default=1, ge=0, le=100)
+
+
 class GgufExport(_Section):
     """A GGUF file; ``type`` is that of the linears' weights, factors included.
+
+    ``mixed``: the types that a budget in bytes chose, Q4_0 for what it did not choose.
 
     ``type_a``, ``type_b``: another type for the first or second factors. ``embedding_type``,
     ``head_type``: for the token embedding and the output head; without them they get what
@@ -223,7 +285,7 @@ class GgufExport(_Section):
     """
 
     format: Literal["gguf"] = "gguf"
-    type: GgufType = "Q8_0"
+    type: FileType = "Q8_0"
     type_a: GgufType | None = None
     type_b: GgufType | None = None
     embedding_type: GgufType | None = None
@@ -330,6 +392,7 @@ class Recipe(_Section):
     refine: Annotated[tuple[Refine, ...], BeforeValidator(_one_or_more)] = Field(
         default=(), max_length=8, description="one refiner, or several that run in this order"
     )
+    quantize: Quantize | None = None
     export: Annotated[tuple[Export, ...], BeforeValidator(as_tuple)] = Field(
         min_length=1, max_length=32
     )
@@ -339,6 +402,22 @@ class Recipe(_Section):
 
     # Key path -> path as it was written, so that the hash does not depend on where the recipe lies.
     _written: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _bytes_of_one_file(self) -> Recipe:
+        mixed = [e for e in self.export if isinstance(e, GgufExport) and e.type == "mixed"]
+        if not self.compress.by_bytes:
+            if mixed:
+                raise ValueError("a GGUF of type mixed needs compress.budget: {bytes: ...}")
+            return self
+        if len(mixed) != 1 or mixed[0].form != "pairs":
+            raise ValueError("compress.budget.bytes needs one export {format: gguf, type: mixed}")
+        if self.compress.method != "kfac_svd" or self.quantize is None:
+            raise ValueError(
+                "compress.budget.bytes needs method: kfac_svd, whose losses compare across "
+                "layers, and a quantize section"
+            )
+        return self
 
     @field_validator("export")
     @classmethod

@@ -1,0 +1,81 @@
+"""What quantisation costs in loss before it is done: predictions from moments.
+
+To second order a change R of a linear's weight costs tr(G R H R^T) with H the second moment of
+its inputs and G that of its output gradients. Rounding to a grid leaves R nearly white, with a
+mean square of ``eps^2`` times that of the weight; GPTQ's feedback turns tr(H) into tr(D) of
+H = (I + U) D (I + U)^T. So one number for each matrix, times ``eps^2`` of a type, is its loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from svdexport.core.decompose import Decomposition, damped_cholesky
+from svdexport.core.grids_gguf import GRIDS
+
+
+@dataclass(frozen=True)
+class NoiseModel:
+    """Loss of relative noise 1 in a group's matrices.
+
+    Attributes:
+        dense: in all dense weights. a, b: (r,), in the factors of the pair of rank k at k - 1.
+    """
+
+    dense: float
+    a: Tensor
+    b: Tensor
+
+
+@cache
+def relative_noise(type_name: str) -> float:
+    """Mean squared error of a Gaussian weight rounded to a ggml type, relative to its square."""
+    grid = GRIDS[type_name]
+    weight = torch.randn(64, 2048, generator=torch.Generator().manual_seed(0))
+    scales = grid.search(weight, torch.ones(2048))
+    steps = grid.steps(scales)
+    error = steps.values(steps.codes(weight)) - weight
+    return float(error.square().mean() / weight.square().mean())
+
+
+def feedback_trace(moment: Tensor, damping: float) -> float:
+    """tr(D): what is left of tr(H) for GPTQ."""
+    root, _ = damped_cholesky(moment.double().flip(0, 1), damping)
+    return float(root.diagonal().square().sum())
+
+
+def noise_model(
+    weights: Sequence[Tensor],
+    found: Decomposition,
+    inputs: Tensor,
+    gradients: Sequence[Tensor],
+    *,
+    damping: float,
+    output_damping: float,
+) -> NoiseModel:
+    """The model of a group of linears W_i (m_i, n) with one input and its nested factors.
+
+    B's columns are taken as scaled to one norm, and A H A^T as diagonal, which it is for the
+    factors of :func:`svdexport.core.decompose.decompose`.
+    """
+    trace = feedback_trace(inputs, damping)
+    metrics = []
+    for g in gradients:
+        mean = float(g.diagonal().mean())
+        metrics.append(g.double() + output_damping * mean * torch.eye(len(g), dtype=torch.float64))
+    dense = trace * sum(
+        float(w.double().square().mean() * g.trace()) for w, g in zip(weights, metrics, strict=True)
+    )
+    a, b = found.a.double(), found.b.double()
+    parts = torch.split(b, [len(w) for w in weights])
+    felt = sum((g @ part * part).sum(dim=0) for g, part in zip(metrics, parts, strict=True))
+    of_a = trace * torch.cumsum(a.square().mean(dim=1) * felt, dim=0)
+    ranks = ((a @ inputs.double()) * a).sum(dim=1)
+    total = sum(float(g.trace()) for g in metrics) / len(b)
+    of_b = total * torch.cumsum(ranks * b.square().sum(dim=0), dim=0)
+    return NoiseModel(dense, of_a, of_b)

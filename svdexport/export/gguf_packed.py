@@ -1,0 +1,50 @@
+"""Weights that the run quantised itself, as tensors of the GGUF: bytes, permuted like the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from svdexport.export.gguf_layout import PairPlace
+from svdexport.export.gguf_match import Match
+from svdexport.packed import GGUF_PART, PackedFolder
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A tensor's type and its rows of bytes, uint8, in the file's order."""
+
+    type: str
+    rows: Callable[[], np.ndarray]
+
+
+def ready_tensors(
+    packed: PackedFolder, matches: dict[str, Match], places: list[PairPlace]
+) -> dict[str, Ready]:
+    """GGUF tensor -> what was packed for it: dense matrices, and the factors of ``places``.
+
+    Slices of stacked experts are not packed.
+    """
+    ready: dict[str, Ready] = {}
+
+    def add(tensor: str, name: str, match: Match | None) -> None:
+        if name in packed.kinds and (match is None or match.expert is None):
+            ready[tensor] = Ready(packed.kinds[name], _rows(packed, name, match))
+
+    for name, match in matches.items():
+        add(match.tensor, name, match)
+    for place in places:
+        if place.match.expert is None:
+            add(place.a, f"{place.leader}.lr_a.weight", None)
+            add(place.b, f"{place.linear}.lr_b.weight", place.match)
+    return ready
+
+
+def _rows(packed: PackedFolder, name: str, match: Match | None) -> Callable[[], np.ndarray]:
+    def rows() -> np.ndarray:
+        data = packed.read(name).parts[GGUF_PART]
+        return data if match is None else match.to_file(data)
+
+    return rows

@@ -1,0 +1,229 @@
+"""``budget: {bytes: ...}``: form, rank and type of every matrix, so that the GGUF fits.
+
+Options of a group of linears: dense at each type, or a pair of each rank with each type for A and
+for B. Losses are predicted from the moments (:mod:`svdexport.core.noise`); that of the embedding
+and the head is measured once, at 4 bits on a few calibration samples, and scaled by the types'
+noise. Bytes are those of the exported file, alignment and headers included.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from svdexport.allocate import Allocation
+from svdexport.allocate.base import DENSE_PAYS
+from svdexport.allocate.by_bytes import Option, choose
+from svdexport.checkpoint import Checkpoint
+from svdexport.core.gptq import round_to_nearest
+from svdexport.core.grids_gguf import GRIDS
+from svdexport.core.noise import relative_noise
+from svdexport.errors import InputError, RecipeError
+from svdexport.export import gguf_base
+from svdexport.export.gguf_plan import find_matches
+from svdexport.export.gguf_types import Types, held
+from svdexport.files import write_atomic
+from svdexport.models.blocks import InputGroup
+from svdexport.pipeline.compress import GroupPlan, candidate
+from svdexport.pipeline.factors import chosen_groups, factors_file
+from svdexport.pipeline.job import Job, ModelUnderWork
+from svdexport.recipe import GgufExport
+from svdexport.runtimes.gguf_file import BLOCKS, nbytes
+
+TYPES_FILE = "types.json"  # checkpoint tensor -> ggml type
+LADDER = tuple(sorted(GRIDS, key=lambda name: BLOCKS[name][1] / BLOCKS[name][0]))
+PROBE = "Q4_0"
+PROBE_SAMPLES = 2
+ENTRY_BYTES = 160  # more than a tensor's entry in the header takes
+OWN_METADATA_BYTES = 512
+
+
+def allocate_bytes(
+    job: Job, model: ModelUnderWork, factors: Path, tokens: Tensor
+) -> list[GroupPlan]:
+    """The plan, and ``types.json`` in the work folder.
+
+    Raises RecipeError where the smallest choice of every tensor is too large.
+    """
+    recipe = job.recipe
+    groups = chosen_groups(recipe, model.structure)
+    if model.memory.streamed:
+        raise RecipeError(
+            f"compress.budget.bytes runs the model as a whole, but {model.memory.note}"
+        )
+    vocabulary = _vocabulary(model)
+    budget = recipe.compress.budget
+    assert budget is not None and budget.bytes is not None
+    options: dict[str, list[Option]] = {}
+    data: dict[str, dict[str, Tensor]] = {}
+    for block in sorted({group.block for group in groups}):
+        tensors = load_file(factors_file(factors, block))
+        for group in groups:
+            if group.block == block:
+                found = _of(tensors, group.leader)
+                data[group.leader] = {k: found[k] for k in ("energies", "errors")}
+                options[group.leader] = list(
+                    _group_options(group, found, recipe.compress.rank_multiple)
+                )
+    probes = _probe(model, vocabulary, tokens)
+    for name, loss in probes.items():
+        options[name] = _matrix_options(*vocabulary[name], loss)
+    fixed = _fixed_bytes(job, model, groups, vocabulary)
+    chosen = choose(options, budget.bytes - fixed)
+    types = {f"{name}.weight": chosen[name].types[0] for name in probes}
+    for group in groups:
+        types |= _types_of(group, chosen[group.leader])
+    write_atomic(job.work / TYPES_FILE, json.dumps(types, indent=1, sort_keys=True))
+    for line in _summary(chosen, fixed, budget.bytes, tokens.numel()):
+        job.reporter.note(line)
+    return [_plan(group, chosen[group.leader], data[group.leader]) for group in groups]
+
+
+def _of(tensors: Mapping[str, Tensor], leader: str) -> dict[str, Tensor]:
+    prefix = f"{leader}."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def stored(type_name: str, row: int, rows: int, alignment: int = 32) -> int:
+    """Bytes of a tensor in the file, padding included."""
+    size = nbytes(type_name, row * rows)
+    return -(-size // alignment) * alignment
+
+
+def _fitting(row: int) -> list[str]:
+    return [name for name in LADDER if row % BLOCKS[name][0] == 0]
+
+
+def _group_options(
+    group: InputGroup, found: Mapping[str, Tensor], multiple: int
+) -> Iterator[Option]:
+    n = group.members[0].in_features
+    dense, of_a, of_b = (found[f"noise.{part}"] for part in ("dense", "a", "b"))
+    for name in _fitting(n):
+        size = sum(stored(name, n, member.out_features) for member in group.members)
+        yield Option(size, relative_noise(name) * float(dense), None, (name,))
+    tail = torch.cat([found["energies"].flip(0).cumsum(0).flip(0), torch.zeros(1)])
+    largest = len(of_a)
+    for rank in candidate(group).ranks(multiple):
+        if rank > largest:
+            break
+        entries = ENTRY_BYTES * (1 + len(group.members))
+        for a, b in itertools.product(_fitting(n), _fitting(rank)):
+            size = entries + stored(a, n, rank)
+            size += sum(stored(b, rank, member.out_features) for member in group.members)
+            loss = float(tail[rank]) + relative_noise(a) * float(of_a[rank - 1])
+            yield Option(size, loss + relative_noise(b) * float(of_b[rank - 1]), rank, (a, b))
+
+
+def _matrix_options(rows: int, columns: int, loss: float) -> list[Option]:
+    return [
+        Option(stored(name, columns, rows), relative_noise(name) * loss, None, (name,))
+        for name in _fitting(columns)
+    ]
+
+
+def _vocabulary(model: ModelUnderWork) -> dict[str, tuple[int, int]]:
+    """Embedding and head (once where tied) by module name: rows and columns."""
+    network = model.model
+    found: dict[int, str] = {}
+    wanted = [network.get_input_embeddings(), network.get_output_embeddings()]
+    names = {id(module): name for name, module in network.named_modules()}
+    for module in wanted:
+        if module is not None:
+            found.setdefault(id(module.weight), names[id(module)])
+    return {name: tuple(network.get_submodule(name).weight.shape) for name in found.values()}
+
+
+@torch.no_grad()
+def _probe(
+    model: ModelUnderWork, vocabulary: Mapping[str, tuple[int, int]], tokens: Tensor
+) -> dict[str, float]:
+    """Loss of relative noise 1 in each matrix, in the units of the moments.
+
+    The divergence a token is half of tr(G R H R^T) / T^2 with sums over T tokens.
+    """
+    network, samples = model.model, tokens[:PROBE_SAMPLES]
+    expected = [_log_probs(network, sample) for sample in samples]
+    found = {}
+    for name in vocabulary:
+        weight = network.get_submodule(name).weight
+        if weight.shape[1] % BLOCKS[PROBE][0]:
+            raise InputError(f"{name}: rows of {weight.shape[1]} fill no block of {PROBE}")
+        kept = weight.data.clone()
+        weight.data.copy_(round_to_nearest(kept, None, GRIDS[PROBE]).values)
+        divergence = 0.0
+        for sample, log_p in zip(samples, expected, strict=True):
+            log_q = _log_probs(network, sample)
+            divergence += float((log_p.exp() * (log_p - log_q)).sum()) / samples.numel()
+        weight.data.copy_(kept)
+        found[name] = max(divergence, 0.0) * 2 * tokens.numel() ** 2 / relative_noise(PROBE)
+    return found
+
+
+def _log_probs(network: Any, sample: Tensor) -> Tensor:
+    logits: Tensor = network(input_ids=sample[None], use_cache=False).logits[0]
+    return logits.float().log_softmax(dim=-1)
+
+
+def _fixed_bytes(
+    job: Job,
+    model: ModelUnderWork,
+    groups: list[InputGroup],
+    vocabulary: Mapping[str, tuple[int, int]],
+) -> int:
+    """Metadata, header, and the tensors that the plan does not choose."""
+    source = Checkpoint.open(model.source.folder)
+    work = job.work / "base"
+    base = gguf_base.prepare(model.source.folder, model.source.gguf, work)
+    matches = find_matches(base, source, work)
+    names = [member.name for group in groups for member in group.members] + list(vocabulary)
+    chosen = {matches[f"{name}.weight"].tensor for name in names if f"{name}.weight" in matches}
+    file = base.file
+    types = Types.of(GgufExport(type="mixed"), tied="output.weight" not in file.tensors)
+    first = min(info.offset for info in file.tensors.values())
+    rest = 0
+    for name, info in file.tensors.items():
+        if name not in chosen:
+            given = held(types.dense(name, info), info.ne[0])
+            rows = 1
+            for n in info.ne[1:]:
+                rows *= n
+            rest += stored(given, info.ne[0], rows, file.alignment)
+    return first + OWN_METADATA_BYTES + rest
+
+
+def _types_of(group: InputGroup, option: Option) -> dict[str, str]:
+    if option.rank is None:
+        return {f"{member.name}.weight": option.types[0] for member in group.members}
+    return {f"{group.leader}.lr_a.weight": option.types[0]} | {
+        f"{member.name}.lr_b.weight": option.types[1] for member in group.members
+    }
+
+
+def _plan(group: InputGroup, option: Option, data: Mapping[str, Tensor]) -> GroupPlan:
+    if option.rank is None:
+        return GroupPlan(group, Allocation(None, DENSE_PAYS), option.loss, 0.0)
+    error = float(data["errors"][option.rank - 1])
+    return GroupPlan(group, Allocation(option.rank), option.loss, error)
+
+
+def _summary(chosen: Mapping[str, Option], fixed: int, budget: int, tokens: int) -> Iterator[str]:
+    total = fixed + sum(option.bytes for option in chosen.values())
+    loss = sum(option.loss for option in chosen.values()) / (2 * tokens**2)
+    yield (
+        f"byte budget {budget:,}: {total:,} planned, {fixed:,} of them metadata, norms and "
+        f"headers; predicted divergence {loss:.3g} a token"
+    )
+    kinds = Counter(
+        ("dense " if option.rank is None else "pair ") + " x ".join(option.types)
+        for option in chosen.values()
+    )
+    yield "; ".join(f"{count} {kind}" for kind, count in kinds.most_common())

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from svdexport.core.gptq import (
+    GptqConfig,
+    gptq,
+    gptq_pair,
+    relative_error,
+    round_to_nearest,
+)
+from svdexport.core.grids import Steps
+from svdexport.core.grids_gguf import GRIDS
+from svdexport.core.grids_onnx import NBitsGrid, dequantize
+from svdexport.core.grids_onnx import from_codes as nbits_from_codes
+from svdexport.core.lowrank import FactorPair
+from svdexport.runtimes.ggml import quantize as ggml_quantize
+
+ORDERS = ["activation", "natural"]
+
+
+def correlated(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight and the moment of inputs that mix a few directions, as a layer's do."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) / columns**0.5
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    spectrum = torch.arange(1, columns + 1, dtype=torch.float64) ** -0.7
+    inputs = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64)
+    inputs = (inputs * spectrum) @ torch.linalg.qr(mix)[0]
+    inputs *= 1.0 + 3.0 * torch.rand(columns, generator=generator, dtype=torch.float64)
+    return weight, inputs.T @ inputs
+
+
+def slow_gptq(
+    weight: Tensor, moment: Tensor, steps: Steps, order: Tensor, damping: float
+) -> Tensor:
+    """The textbook loop with the inverse Hessian, one column at a time, in float64: codes."""
+    n = weight.shape[1]
+    h = moment + damping * moment.diagonal().mean() * torch.eye(n, dtype=torch.float64)
+    w = weight.double().clone()
+    codes = torch.zeros(weight.shape, dtype=torch.uint8)
+    left = order.tolist()
+    while left:
+        column = left[0]
+        inverse = torch.linalg.inv(h[left][:, left])
+        full = w.float().clone()
+        code = steps.codes(full)[:, column]
+        codes[:, column] = code
+        value = steps.values(codes)[:, column].double()
+        error = (w[:, column] - value) / inverse[0, 0]
+        w[:, left] -= error[:, None] * inverse[0][None, :]
+        left = left[1:]
+    return codes
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q3_K"])
+def test_error_feedback_equals_the_slow_loop(name: str) -> None:
+    weight, moment = correlated(6, 256)
+    config = GptqConfig(sweeps=0)
+    found = gptq(weight.double(), moment, GRIDS[name], config)
+    steps = GRIDS[name].steps(found.scales)
+    order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+    codes = slow_gptq(weight, moment, steps, order, config.damping)
+    assert (codes != found.codes).float().mean() < 1e-3  # ties alone
+    fast = gptq(weight, moment, GRIDS[name], config)
+    assert (fast.codes != found.codes).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"])
+def test_layer_error_is_below_rounding_and_below_ggml(name: str, order: str) -> None:
+    weight, moment = correlated(48, 512)
+    grid = GRIDS[name]
+    found = gptq(weight, moment, grid, GptqConfig(order=order))  # type: ignore[arg-type]
+    importance = (moment.diagonal() / moment.diagonal().mean()).float().numpy()
+    packed = ggml_quantize(weight.numpy(), name, importance)
+    theirs = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name])
+    nearest = round_to_nearest(weight, moment, grid)
+    assert found.error < 0.8 * nearest.error
+    assert found.error < 0.8 * relative_error(weight, torch.from_numpy(theirs), moment)
+    read = gguf.quants.dequantize(
+        grid.pack(found.codes, found.scales).numpy(), gguf.GGMLQuantizationType[name]
+    )
+    np.testing.assert_array_equal(read, found.values.numpy())
+
+
+def test_sweeps_never_raise_the_damped_error() -> None:
+    weight, moment = correlated(16, 320)
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(320)
+    errors = [
+        relative_error(
+            weight, gptq(weight, moment, GRIDS["Q4_0"], GptqConfig(sweeps=n)).values, damped
+        )
+        for n in range(4)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < errors[0]
+
+
+def test_singular_moments_are_damped_and_the_damping_recorded() -> None:
+    weight, _ = correlated(8, 64)
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    found = gptq(weight, x.T @ x, GRIDS["Q4_0"], GptqConfig(damping=0.0))
+    assert found.damping > 0.0
+    assert found.error < 1e-2
+    dead = gptq(weight, torch.zeros(64, 64), GRIDS["Q4_0"], GptqConfig())
+    assert (dead.values - weight).norm() < 0.15 * weight.norm()
+
+
+def test_a_pair_gains_from_b_knowing_the_rounded_a() -> None:
+    weight, moment = correlated(96, 128)
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    pair = FactorPair(v[:64], u[:, :64] * s[:64])
+    grid = GRIDS["Q4_0"]
+    first, second = gptq_pair(pair, moment, grid, grid, GptqConfig())
+    product = second.values @ first.values
+    plain = [round_to_nearest(x, None, grid).values for x in (pair.b, pair.a)]
+    target = pair.dense()
+    assert relative_error(target, product, moment) < 0.5 * relative_error(
+        target, plain[0] @ plain[1], moment
+    )
+    alone = gptq(pair.b, pair.a.double() @ moment @ pair.a.double().T, grid, GptqConfig())
+    assert relative_error(target, product, moment) < relative_error(
+        target, alone.values @ first.values / pair.b.norm(dim=0).mean(), moment
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_onnx_grids_with_rows_that_do_not_fill_a_block(bits: int, symmetric: bool) -> None:
+    weight, moment = correlated(24, 200)
+    grid = NBitsGrid(bits, 32, symmetric)
+    found = gptq(weight, moment, grid, GptqConfig())
+    tensor = nbits_from_codes(found.codes, found.scales, 200, grid)
+    np.testing.assert_array_equal(dequantize(tensor), found.values.numpy())
+    assert found.error < round_to_nearest(weight, moment, grid).error

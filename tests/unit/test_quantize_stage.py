@@ -1,0 +1,117 @@
+"""The quantize stage in a run: the files hold its values bit for bit, and they are the better."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from svdexport import api
+from svdexport.checkpoint import Checkpoint
+from svdexport.core.grids_gguf import GRIDS
+from svdexport.core.grids_onnx import NBitsGrid, PackedNBits, dequantize, unpack
+from svdexport.export import exporter
+from svdexport.packed import PackedFolder
+from svdexport.pipeline.reporter import Reporter
+from svdexport.recipe import load_recipe
+from tests.unit.gguf_models import make_model
+
+RECIPE = """\
+schema: 1
+model: {{path: model}}
+calibration: {{samples: 6, length: 64, seed: 1}}
+compress: {compress}
+quantize: {{algorithm: {algorithm}}}
+export: [{exports}]
+evaluate: {{context: 48, windows: 2}}
+"""
+PAIRS = "{method: svd_llm, budget: {param_ratio: 0.6}, rank_multiple: 32}"
+SIZES = {"hidden_size": 256, "intermediate_size": 256}
+
+
+def exported(folder: Path, name: str, **parts: str) -> tuple[list[Path], Path]:
+    """Run up to the exports; the files and the work folder of the run."""
+    path = folder / f"{name}.yaml"
+    path.write_text(RECIPE.format(**parts))
+    files = api.export(path, folder / name, reporter=Reporter(quiet=True))
+    return files, folder / f".{name}.work"
+
+
+def packed_values(packed: PackedFolder, name: str, columns: int) -> np.ndarray:
+    weight = packed.read(name)
+    if weight.kind in GRIDS:
+        grid = GRIDS[weight.kind]
+        codes, scales = grid.unpack(torch.from_numpy(weight.parts["data"]))
+        return grid.steps(scales).values(codes).numpy()
+    _, bits, block, kind = weight.kind.split("-")
+    nbits = NBitsGrid(int(bits), int(block), kind == "symmetric")
+    parts = PackedNBits(weight.parts["weight"], weight.parts["scales"], weight.parts.get("zeros"))
+    return dequantize(unpack(parts, columns, nbits))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantize")
+    make_model(folder / "model", "Llama", **SIZES)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["gptq", "rtn"])
+def test_files_hold_the_quantised_values_bit_for_bit(place: Path, algorithm: str) -> None:
+    exports = (
+        "{format: gguf, type: Q4_0}, {format: gguf, type: Q4_K, form: stock},"
+        "{format: onnx, precision: int4}"
+    )
+    files, work = exported(place, algorithm, compress=PAIRS, algorithm=algorithm, exports=exports)
+    checkpoint = Checkpoint.open(work / "checkpoint")
+    assert checkpoint.low_rank
+    for file in files:
+        packed = PackedFolder.open(work / "quantized" / file.name)
+        assert packed.kinds
+        kind = exporter("gguf" if file.suffix == ".gguf" else "onnx")
+        read = dict(kind.read_back(file, checkpoint, place / "model", None, work / "base"))
+        seen = set(read) & set(packed.kinds)
+        assert seen == set(packed.kinds)
+        for name in seen:
+            values = packed_values(packed, name, read[name].shape[1])
+            np.testing.assert_array_equal(read[name], values, err_msg=f"{file.name} {name}")
+
+
+@pytest.mark.slow
+def test_a_dense_file_of_the_same_size_is_nearer_to_the_model_than_ggmls(place: Path) -> None:
+    exports = "{format: gguf, type: Q4_0}, {format: gguf, type: Q3_K}"
+    files, work = exported(
+        place, "dense", compress="{method: none}", algorithm="gptq", exports=exports
+    )
+    source = Checkpoint.open(place / "model")
+    for file in files:
+        twin = work / "dense" / file.name
+        assert file.stat().st_size == twin.stat().st_size
+        packed = PackedFolder.open(work / "quantized" / file.name)
+        assert len(packed.kinds) == 14
+        gguf: Any = exporter("gguf")
+        ours, theirs = (
+            dict(gguf.read_back(path, source, place / "model", None, work / "base"))
+            for path in (file, twin)
+        )
+        assert not any(np.array_equal(ours[name], theirs[name]) for name in packed.kinds)
+        for name in set(ours) - set(packed.kinds):
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_a_budget_belongs_to_compression(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for compress, word in (
+        ("{method: none, budget: {param_ratio: 0.8}}", "leave out budget"),
+        ("{method: svd_llm}", "budget is missing"),
+    ):
+        path = tmp_path / "r.yaml"
+        path.write_text(
+            RECIPE.format(compress=compress, algorithm="gptq", exports="{format: gguf}")
+        )
+        with pytest.raises(Exception, match=word):
+            load_recipe(path)
