@@ -39,7 +39,7 @@ class GptqConfig:
         sweeps: rounds of coordinate descent afterwards.
     """
 
-    damping: float = 0.01
+    damping: float = 0.001
     order: Order = "activation"
     sweeps: int = 1
 

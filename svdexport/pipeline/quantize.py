@@ -172,13 +172,19 @@ class _Block:
             self._add_pair(leader, members, moment)
 
     def _add_dense(self, names: Sequence[str], moment: Tensor) -> None:
-        grid = self._grid("linear", f"{names[0]}.weight", moment.shape[0])
-        if grid is None:
-            return
-        weights = [self.weights.linear(name) for name in names]
-        found = self._one(torch.cat(weights), moment, grid)
-        self.found.append((names[0], found))
-        self._keep([f"{name}.weight" for name in names], [len(w) for w in weights], found, grid)
+        alike: dict[str, list[str]] = {}  # rows of one type and one moment are worked on together
+        grids = {}
+        for name in names:
+            grid = self._grid("linear", f"{name}.weight", moment.shape[0])
+            if grid is not None:
+                grids[grid.name] = grid
+                alike.setdefault(grid.name, []).append(name)
+        for kind, members in alike.items():
+            weights = [self.weights.linear(name) for name in members]
+            found = self._one(torch.cat(weights), moment, grids[kind])
+            self.found.append((members[0], found))
+            tensors = [f"{name}.weight" for name in members]
+            self._keep(tensors, [len(w) for w in weights], found, grids[kind])
 
     def _add_pair(self, leader: str, members: Sequence[str], moment: Tensor) -> None:
         pairs = [self.checkpoint.pair(member) for member in members]

@@ -265,7 +265,7 @@ class Quantize(_Section):
     """
 
     algorithm: Literal["gptq", "rtn"] = "gptq"
-    damping: float = Field(default=0.01, ge=0, le=10)
+    damping: float = Field(default=0.001, ge=0, le=10)
     order: Literal["activation", "natural"] = "activation"
     sweeps: int = Field(default=1, ge=0, le=100)
 

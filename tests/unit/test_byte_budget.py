@@ -80,7 +80,7 @@ def test_predicted_losses_are_those_of_the_quantiser() -> None:
         return float((metric @ r @ h * r).sum())
 
     for name in ("Q8_0", "Q4_0"):
-        grid, config = GRIDS[name], GptqConfig(sweeps=0)
+        grid, config = GRIDS[name], GptqConfig(0.01, sweeps=0)
         dense = loss(gptq(weight, h, grid, config).values - weight)
         assert dense == pytest.approx(relative_noise(name) * model.dense, rel=0.5)
         pair = found.pair(64)

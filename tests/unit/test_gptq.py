@@ -93,7 +93,7 @@ def test_sweeps_never_raise_the_damped_error() -> None:
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(320)
     errors = [
         relative_error(
-            weight, gptq(weight, moment, GRIDS["Q4_0"], GptqConfig(sweeps=n)).values, damped
+            weight, gptq(weight, moment, GRIDS["Q4_0"], GptqConfig(0.01, sweeps=n)).values, damped
         )
         for n in range(4)
     ]
