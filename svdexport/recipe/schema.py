@@ -405,6 +405,8 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _bytes_of_one_file(self) -> Recipe:
+        if self.compress.method == "none" and self.refine:
+            raise ValueError("compress.method is none: there is nothing to refine; leave it out")
         mixed = [e for e in self.export if isinstance(e, GgufExport) and e.type == "mixed"]
         if not self.compress.by_bytes:
             if mixed:
