@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from svdexport.errors import RecipeError
 from svdexport.pipeline.distributed import joined, serve
 from svdexport.pipeline.preflight import check_artifact, check_inputs, check_text
 from svdexport.pipeline.recheck import recheck
@@ -20,9 +21,21 @@ from svdexport.rundir import RunDir, resource_errors
 if TYPE_CHECKING:
     from svdexport.pipeline.job import Job
     from svdexport.pipeline.run import Outcome
+    from svdexport.report.comparison import Comparison
     from svdexport.report.result import RunResult
 
-__all__ = ["bench", "compress", "evaluate", "export", "inspect", "plan", "report", "run", "verify"]
+__all__ = [
+    "bench",
+    "compare",
+    "compress",
+    "evaluate",
+    "export",
+    "inspect",
+    "plan",
+    "report",
+    "run",
+    "verify",
+]
 
 
 @contextlib.contextmanager
@@ -148,6 +161,42 @@ def report(folder: Path) -> RunResult:
     result = recheck(folder)
     write_reports(result, folder)
     return result
+
+
+def compare(
+    recipe: Path | str,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    ratios: Sequence[float] = (0.8, 0.6, 0.4),
+    labels: Sequence[str] = (),
+    reporter: Reporter | None = None,
+) -> Comparison:
+    """All methods side by side on the same tokens: perplexity by torch at each kept ratio.
+
+    Writes ``compare.json``, ``compare.md`` and ``compare.svg`` into ``out`` (default:
+    ``out/compare-<recipe's name>``).
+
+    Args:
+        recipe: model, texts and the keys of ``compress`` that the methods share.
+        labels: methods to compare, as ``svdexport.pipeline.compare`` names them; empty for all.
+    """
+    path = Path(recipe)
+    checked = load_recipe(path, overrides)
+    if not ratios or not all(0.0 < ratio <= 1.0 for ratio in ratios):
+        raise RecipeError(f"compare: kept ratios must lie in (0, 1], not {list(ratios)}")
+    check_inputs(checked)
+    place = out or Path("out") / f"compare-{path.stem}"
+    if place.exists() and not place.is_dir():
+        raise RecipeError(f"--out {place}: there is a file of this name; name a folder")
+    from svdexport.pipeline.compare import compare as run_comparison
+    from svdexport.pipeline.job import default_threads
+
+    threads = checked.speed.threads or default_threads()
+    with resource_errors(str(place)):
+        return run_comparison(
+            checked, ratios, labels, place, threads, reporter or Reporter(quiet=True)
+        )
 
 
 def evaluate(

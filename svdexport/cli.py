@@ -286,6 +286,45 @@ def bench(
 
 
 @app.command()
+def compare(
+    recipe: RecipeArg,
+    out: OutOpt = None,
+    set_: SetOpt = None,
+    ratio: Annotated[
+        Optional[list[float]],  # noqa: UP045
+        typer.Option("--ratio", help="Kept ratio; may be repeated. Default: 0.8 0.6 0.4."),
+    ] = None,
+    method: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--method", help="Method to compare; may be repeated. Default: all."),
+    ] = None,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """All methods side by side on the recipe's model and texts: perplexity at each kept ratio.
+
+    Example: svdexport compare recipes/compare.yaml --method svd_llm --method kfac_svd
+    """
+    import dataclasses
+
+    from svdexport import api
+    from svdexport.report.comparison import table
+
+    found = api.compare(
+        recipe,
+        out,
+        set_ or [],
+        ratios=ratio or (0.8, 0.6, 0.4),
+        labels=method or (),
+        reporter=_reporter(quiet),
+    )
+    if as_json:
+        _print_json(dataclasses.asdict(found))
+    else:
+        out_console.print(table(found), soft_wrap=True)
+
+
+@app.command()
 def inspect(
     artifact: Annotated[Path, typer.Argument(help="GGUF file, ONNX folder or checkpoint folder.")],
     as_json: JsonOpt = False,

@@ -83,7 +83,7 @@ def factorize_blocks(
     worker = Factorizer(recipe, structure, weights, folder, ranks)
     scratch = folder.with_name(f"activations-{ranks.rank}")
     scratch.mkdir(parents=True, exist_ok=True)
-    found = _moments([recipe], structure, weights, tokens, scratch, reporter, finished, ranks)
+    found = moments_for([recipe], structure, weights, tokens, scratch, reporter, finished, ranks)
     for moments in found:
         worker.take(moments)
     shutil.rmtree(scratch)
@@ -189,7 +189,7 @@ def kind(group: InputGroup) -> str:
     return "+".join(member.name.rpartition(".")[2] for member in group.members)
 
 
-def _moments(
+def moments_for(
     recipes: Sequence[Recipe],
     structure: Structure,
     weights: Weights,

@@ -1,0 +1,279 @@
+"""``compare``: the methods side by side on the same tokens, at several budgets."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdexport.allocate import STRATEGIES
+from svdexport.core.machine import describe
+from svdexport.errors import RecipeError
+from svdexport.factorize import METHODS, split_outputs
+from svdexport.models.blocks import Structure, discover
+from svdexport.models.corpus import texts
+from svdexport.models.loader import load_model, load_tokenizer, open_source
+from svdexport.models.weights import Weights
+from svdexport.pipeline.compress import GroupPlan, allocate_ranks, plan_rows
+from svdexport.pipeline.factors import Factorizer, factors_file, moments_for, pair_at
+from svdexport.pipeline.reporter import Reporter
+from svdexport.pipeline.trials import measured
+from svdexport.recipe import Compress, Recipe, did_you_mean
+from svdexport.report.comparison import Comparison, Entry, Figure, write
+from svdexport.runtimes.torch_rt import TorchRuntime
+from svdexport.verify.quality import evaluate
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method as its paper uses it: allocation, and whether linears share an A."""
+
+    label: str
+    method: str
+    allocate: str = "uniform"
+    group: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
+    allocation: tuple[tuple[str, Any], ...] = ()
+
+
+# In the order in which the papers report them, worst first; then ours. lorc and emb_ae are left
+# out: they compress other parts of the model, so the same kept ratio means something else there.
+# What is costly is cut to minutes on two cores for a model of 135M parameters.
+CONTENDERS = (
+    Contender("svd", "svd"),
+    Contender("fwsvd", "fwsvd"),
+    Contender("tfwsvd", "tfwsvd", settings=(("iterations", 2), ("steps", 3))),
+    Contender("asvd", "asvd"),
+    Contender(
+        "asvd, sensitivity",
+        "asvd",
+        "asvd",
+        allocation=(("ratios", (0.3, 0.5, 0.7, 0.9)), ("samples", 1), ("length", 128)),
+    ),
+    Contender("basis_sharing", "basis_sharing", settings=(("refit", True),)),
+    Contender("svd_llm", "svd_llm"),
+    Contender("svd_llm, grouped", "svd_llm", group=True),
+    Contender("svd_llm_v2", "svd_llm_v2", "svd_llm_v2"),
+    Contender("adasvd", "adasvd", "adacr"),
+    Contender("dobi_svd", "dobi_svd", "dobi_svd", allocation=(("iterations", 8), ("samples", 8))),
+    Contender("kfac_svd", "kfac_svd", "greedy"),
+    Contender("kfac_svd, grouped", "kfac_svd", "greedy", group=True),
+)
+
+
+def compare(
+    recipe: Recipe,
+    ratios: Sequence[float],
+    labels: Sequence[str],
+    out: Path,
+    threads: int,
+    reporter: Reporter,
+) -> Comparison:
+    """Perplexity of every contender at every kept ratio, by torch in float32.
+
+    One calibration pass collects the statistics of all contenders; contenders that differ only in
+    their allocation share their factors. ``compare.json``, ``compare.md`` and ``compare.svg`` in
+    ``out`` are rewritten as figures come in. Factors lie in a folder beside them, removed at the
+    end.
+
+    Args:
+        recipe: gives model, calibration and evaluation text, and of ``compress`` all keys but
+            method, settings, allocate, allocation, group and budget.
+        labels: contenders to run; empty for all.
+
+    Raises:
+        RecipeError: an unknown label, or a budget that a contender cannot meet.
+    """
+    torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".compare-", dir=out) as work:
+        return _compare(recipe, ratios, _chosen(labels), out, Path(work), threads, reporter)
+
+
+def _compare(
+    recipe: Recipe,
+    ratios: Sequence[float],
+    chosen: Sequence[Contender],
+    out: Path,
+    work: Path,
+    threads: int,
+    reporter: Reporter,
+) -> Comparison:
+    source = open_source(recipe.model, work)
+    model = load_model(source.folder, source.trust_remote_code)
+    tokenizer = load_tokenizer(source.folder, source.trust_remote_code)
+    with reporter.stage("text"):
+        calibration, windows = texts(
+            recipe.calibration, recipe.evaluate, model, tokenizer, reporter.progress
+        )
+    place = _Place(recipe, source.folder, model, discover(model), calibration, windows, threads)
+    recipes = {c.label: place.recipe_of(c, ratios[0]) for c in chosen}
+    with reporter.stage("dense"):
+        dense = place.perplexity()
+    with reporter.stage("factors"):
+        folders = place.factorize(recipes, work, reporter)
+    found = Comparison(
+        model=source.given.name,
+        dense=dense,
+        ratios=tuple(ratios),
+        calibration_tokens=calibration.numel(),
+        evaluation_tokens=windows.numel(),
+        machine=describe(),
+        entries=(),
+    )
+    for contender in chosen:
+        with reporter.stage(contender.label):
+            figures = place.figures(contender, ratios, folders[contender.label], reporter)
+        entry = Entry(
+            contender.label,
+            METHODS[contender.method].source,
+            contender.method,
+            contender.allocate,
+            contender.group,
+            figures,
+        )
+        found = dataclasses.replace(found, entries=(*found.entries, entry))
+        write(found, out)
+    return found
+
+
+def _chosen(labels: Sequence[str]) -> list[Contender]:
+    known = [contender.label for contender in CONTENDERS]
+    for label in labels:
+        if label not in known:
+            raise RecipeError(f"compare: no contender {label[:60]!r}{did_you_mean(label, known)}")
+    return [c for c in CONTENDERS if not labels or c.label in labels]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What all contenders share."""
+
+    recipe: Recipe
+    folder: Path
+    model: nn.Module
+    structure: Structure
+    calibration: Tensor
+    windows: Tensor
+    threads: int
+
+    def recipe_of(self, contender: Contender, ratio: float) -> Recipe:
+        """The recipe with the contender's own keys."""
+        base = self.recipe.compress.model_dump()
+        own = {
+            "method": contender.method,
+            "settings": dict(contender.settings),
+            "allocate": contender.allocate,
+            "allocation": dict(contender.allocation),
+            "group": contender.group,
+            "budget": {"param_ratio": ratio},
+        }
+        given = self.recipe.compress  # its own keys, where it names this very method or strategy
+        if given.method == contender.method:
+            own["settings"] = given.settings.model_dump()
+        if given.allocate == contender.allocate:
+            own["allocation"] = given.allocation.model_dump()
+        return self.recipe.model_copy(update={"compress": Compress.model_validate(base | own)})
+
+    def factorize(
+        self, recipes: dict[str, Recipe], work: Path, reporter: Reporter
+    ) -> dict[str, Path]:
+        """Folders of factors by label; one for all that factorise alike."""
+        folders: dict[str, Path] = {}
+        workers: dict[str, Factorizer] = {}
+        for label, recipe in recipes.items():
+            what = recipe.compress
+            alike = json.dumps([what.method, what.settings.model_dump(), what.group])
+            if alike not in workers:
+                folder = work / f"factors-{len(workers)}"
+                workers[alike] = Factorizer(recipe, self.structure, self.model, folder)
+            folders[label] = workers[alike].folder
+        scratch = work / "scratch"
+        scratch.mkdir()
+        for moments in moments_for(
+            list(recipes.values()),
+            self.structure,
+            Weights(self.model),
+            self.calibration,
+            scratch,
+            reporter,
+        ):
+            for worker in workers.values():
+                worker.take(moments)
+        return folders
+
+    def figures(
+        self, contender: Contender, ratios: Sequence[float], folder: Path, reporter: Reporter
+    ) -> tuple[Figure, ...]:
+        """One contender at every budget; what does not depend on the budget is measured once."""
+        found: list[Figure] = []
+        more: dict[str, dict[str, Any]] = {}
+        for ratio in ratios:
+            began = time.perf_counter()
+            recipe = self.recipe_of(contender, ratio)
+            wanted = STRATEGIES[contender.allocate].measure
+            if wanted == "positions" or (wanted == "sensitivity" and not more):
+                more = measured(
+                    recipe, self.structure, folder, self.model, self.calibration, reporter.progress
+                )
+            kept, perplexity = self.figure(recipe, folder, more)
+            seconds = time.perf_counter() - began
+            reporter.note(f"kept {kept:.3f}: perplexity {perplexity:.2f}, {seconds:.0f} s")
+            found.append(Figure(ratio, kept, perplexity, seconds))
+        return tuple(found)
+
+    def figure(
+        self, recipe: Recipe, folder: Path, more: dict[str, dict[str, Any]]
+    ) -> tuple[float, float]:
+        """Share of the parameters that is kept, and perplexity."""
+        plan = allocate_ranks(recipe, self.structure, folder, more)
+        rows = plan_rows(plan)
+        kept = sum(row.params for row in rows) / sum(row.params_dense for row in rows)
+        with self._in_place(recipe.compress, plan, folder):
+            return kept, self.perplexity()
+
+    def perplexity(self) -> float:
+        """Of the model as it stands, on the evaluation windows."""
+        runtime = TorchRuntime(self.folder, self.threads, self.model)
+        return evaluate(runtime, self.windows.numpy()).perplexity
+
+    @contextlib.contextmanager
+    def _in_place(self, compress: Compress, plan: list[GroupPlan], folder: Path) -> Iterator[None]:
+        """The model's weights are the products B A while the context lasts."""
+        before: list[tuple[Tensor, Tensor]] = []
+        try:
+            for entry in plan:
+                if entry.allocation.rank is None:
+                    continue
+                path = factors_file(folder, entry.group.block)
+                leader, members = entry.group.leader, entry.group.members
+                pair = pair_at(compress, _of_leader(path, leader), leader, entry.allocation.rank)
+                sizes = [member.out_features for member in members]
+                parts = split_outputs(pair.dense(), sizes)
+                for member, part in zip(members, parts, strict=True):
+                    module = self.model.get_submodule(member.name)
+                    weight: Tensor = module.weight  # type: ignore[assignment]
+                    before.append((weight, weight.data))
+                    conv = type(module).__name__ == "Conv1D"
+                    weight.data = (part.T if conv else part).contiguous()
+            yield
+        finally:
+            for weight, data in before:
+                weight.data = data
+
+
+def _of_leader(path: Path, leader: str) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(f"{leader}.")]  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in names}

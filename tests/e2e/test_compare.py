@@ -1,0 +1,108 @@
+"""The comparison of methods, and the papers' recipes, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from svdexport import api
+from svdexport.errors import RecipeError
+from svdexport.pipeline.compare import CONTENDERS
+from svdexport.report.comparison import Comparison, Entry, Figure, picture, table
+from tests.e2e.test_methods import RECIPE, checked
+from tests.unit.gguf_models import WORDS, make_model
+
+PAPERS = sorted((Path(__file__).parents[2] / "recipes" / "papers").glob("*.yaml"))
+# the sizes, cut: what a paper's recipe needs besides a model and a text
+CUT = ("calibration.samples=6", "calibration.length=48", "calibration.batch=4",
+       "evaluate.context=48", "evaluate.windows=2", "compress.rank_multiple=4",
+       "compress.budget.param_ratio=0.6")  # fmt: skip
+MORE = {
+    "asvd": ("compress.allocation.samples=1", "compress.allocation.length=16"),
+    "dobi_svd": ("compress.allocation.iterations=2", "compress.allocation.length=48"),
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    make_model(folder / "model", "Llama", hidden_size=64, intermediate_size=96)
+    (folder / "text.txt").write_text(WORDS * 60)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder / "recipe.yaml"
+
+
+def test_compare_gives_the_perplexity_of_the_compressed_checkpoints(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = ("svd_llm, grouped", "svd_llm_v2", "asvd, sensitivity")
+    out = recipe.parent / "compared"
+    command = [sys.executable, "-m", "svdexport", "compare", str(recipe), "--out", str(out)]
+    command += ["--ratio", "0.8", "--ratio", "0.6", "--json", "--quiet"]
+    for label in labels:
+        command += ["--method", label]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed == json.loads((out / "compare.json").read_text())
+    assert [entry["label"] for entry in printed["entries"]] == [labels[2], *labels[:2]]
+    figure = printed["entries"][1]["figures"][1]
+    assert figure["ratio"] == 0.6
+    assert figure["kept"] == pytest.approx(0.6, abs=0.06)
+    checkpoint = api.compress(recipe, recipe.parent / "one", ["compress.allocate=uniform"])
+    text = recipe.parent / "text.txt"
+    for artifact, expected in (
+        (checkpoint, figure["perplexity"]),
+        (recipe.parent / "model", printed["dense"]),
+    ):
+        found = api.evaluate(artifact, text, context=48, windows=2)
+        assert found["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "compare.json",
+        "compare.md",
+        "compare.svg",
+    ]
+
+
+def test_an_unknown_method_or_ratio_is_refused(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match="did you mean 'svd_llm'"):
+        api.compare(recipe, recipe.parent / "no", labels=["svd_lm"])
+    with pytest.raises(RecipeError, match="kept ratios"):
+        api.compare(recipe, recipe.parent / "no", ratios=[1.5])
+
+
+def test_the_table_and_the_picture_hold_every_figure() -> None:
+    entries = tuple(
+        Entry(c.label, "source", c.method, c.allocate, c.group, (Figure(0.8, 0.79, 30.0 * i, 1.0),))
+        for i, c in enumerate(CONTENDERS, start=1)
+    )
+    broken = Entry("x < y", "s", "svd", "uniform", False, (Figure(0.8, 0.8, float("inf"), 1.0),))
+    found = Comparison("model", 23.6, (0.8,), 1, 1, {}, (*entries, broken))
+    lines = table(found).splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == 2 + len(entries) + 1
+    assert "| svd | uniform | 30 (0.790) |" in lines
+    root = ElementTree.fromstring(picture(found))
+    circles = [node for node in root.iter() if node.tag.endswith("circle")]
+    assert len(circles) == len(entries) + 1  # and one of the legend
+    assert all(0 < float(node.attrib["cx"]) < 640 for node in circles)
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda path: path.stem)
+def test_a_papers_recipe_runs_with_its_sizes_cut(recipe: Path, paper: Path) -> None:
+    folder = recipe.parent
+    text = paper.read_text()
+    assert text.startswith("# ")
+    assert "At 7B: " in text
+    given = (
+        f"model.path={folder / 'model'}",
+        f"calibration.file={folder / 'text.txt'}",
+        f"evaluate.text={folder / 'text.txt'}",
+    )
+    checked_paper = folder / f"{paper.stem}.yaml"
+    checked_paper.write_text(text)
+    checked(checked_paper, f"paper-{paper.stem}", *given, *CUT, *MORE.get(paper.stem, ()))
