@@ -8,6 +8,7 @@ holds the (possibly shared) first factor. Tensors: ``<leader>.lr_a.weight`` (k, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,18 @@ class PairSpec:
 
     rank: int
     group: str
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """A low-rank token embedding: module path, rank, and the head that uses the same factors.
+
+    Tensors: ``<name>.lr_a.weight`` (rank, tokens), ``<name>.lr_b.weight`` (width, rank).
+    """
+
+    name: str
+    rank: int
+    tied_head: str | None
 
 
 @dataclass(frozen=True)
@@ -106,9 +119,12 @@ def is_encoder(config: Mapping[str, Any]) -> bool:
     return name.endswith("Model") and not name.endswith("LMHeadModel")
 
 
-def low_rank_config(low_rank: dict[str, PairSpec]) -> dict[str, Any]:
+def low_rank_config(
+    low_rank: dict[str, PairSpec], embedding: EmbeddingSpec | None = None
+) -> dict[str, Any]:
     """The ``quantization_config`` that describes the given pairs."""
-    return {
+    more = {} if embedding is None else {"embedding": dataclasses.asdict(embedding)}
+    return more | {
         "quant_method": QUANT_METHOD,
         "version": FORMAT_VERSION,
         "low_rank": {

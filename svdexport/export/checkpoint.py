@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svdexport.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, PairSpec, low_rank_config
+from svdexport.checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    EmbeddingSpec,
+    PairSpec,
+    low_rank_config,
+)
 from svdexport.export.base import Exported, ExportRequest, TensorRecord
 from svdexport.export.safetensors_write import SafetensorsWriter
 from svdexport.files import write_atomic
@@ -93,10 +100,18 @@ def _record(tensor: Tensor) -> TensorRecord:
     return TensorRecord.of(tuple(tensor.shape), dtype, data.data)
 
 
-def compressed_config(config: dict[str, Any], low_rank: dict[str, PairSpec]) -> dict[str, Any]:
+def compressed_config(
+    config: dict[str, Any],
+    low_rank: dict[str, PairSpec],
+    embedding: EmbeddingSpec | None = None,
+) -> dict[str, Any]:
     """The source's config with the pairs described; unchanged where there are none."""
     changed = {key: value for key, value in config.items() if key != "quantization_config"}
-    return changed | ({"quantization_config": low_rank_config(low_rank)} if low_rank else {})
+    if low_rank or embedding is not None:
+        changed["quantization_config"] = low_rank_config(low_rank, embedding)
+    if embedding is not None and embedding.tied_head is not None:
+        changed["tie_word_embeddings"] = False  # the factors are shared, not a table of weights
+    return changed
 
 
 def assembled(

@@ -7,6 +7,7 @@ from svdexport.factorize import (
     asvd,
     basis_sharing,
     dobi_svd,
+    emb_ae,
     fwsvd,
     kfac_svd,
     lorc,
@@ -30,6 +31,7 @@ METHODS: dict[str, Method] = {
         dobi_svd,
         basis_sharing,
         lorc,
+        emb_ae,
         kfac_svd,
     )
 }

@@ -49,6 +49,7 @@ class Method:
         factorize: nested factors of one group, for every rank at once.
         only: patterns of the linears that the method is for; empty for all. Such linears never
             share an A.
+        embedding: whether the method is for the token embedding, and for nothing else.
         factorize_across: for methods that work on the same group of several adjacent blocks.
         keep, finish: for methods whose factors are not nested: what to keep of a group, and from
             it and the nested factors cut at the chosen rank, the pair.
@@ -60,6 +61,7 @@ class Method:
     needs: frozenset[Statistic]
     factorize: Callable[[GroupData], Decomposition]
     only: tuple[str, ...] = ()
+    embedding: bool = False
     factorize_across: Callable[[Sequence[GroupData]], list[Decomposition]] | None = None
     keep: Callable[[GroupData], dict[str, Tensor]] | None = None
     finish: Callable[[FactorPair, Mapping[str, Tensor], Settings], FactorPair] | None = None

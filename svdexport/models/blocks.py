@@ -48,11 +48,20 @@ class InputGroup:
 
 @dataclass(frozen=True)
 class Structure:
-    """Blocks (module paths, in order), their input groups, and whether a block returns a tuple."""
+    """What is found by running a model.
+
+    Attributes:
+        blocks: module paths, in order. groups: linears that share an input.
+        returns_tuple: whether a block returns one.
+        embedding: the token embedding as a linear of one-hot inputs (out: width, in: tokens), or
+            None where it is not a plain table. tied_head: path of the head that shares its table.
+    """
 
     blocks: tuple[str, ...]
     groups: tuple[InputGroup, ...]
     returns_tuple: bool
+    embedding: Linear | None = None
+    tied_head: str | None = None
 
     def of_block(self, block: int) -> list[InputGroup]:
         return [group for group in self.groups if group.block == block]
@@ -118,7 +127,19 @@ def discover(model: nn.Module) -> Structure:
         mask = torch.zeros((1, 1, 8, 8), device=device)
         with torch.no_grad():
             model(input_ids=tokens, attention_mask=mask, use_cache=False)
-    return Structure(blocks, tuple(_group(model, calls)), returns_tuple)
+    embedding, head = _embedding(model)
+    return Structure(blocks, tuple(_group(model, calls)), returns_tuple, embedding, head)
+
+
+def _embedding(model: nn.Module) -> tuple[Linear | None, str | None]:
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if type(table) is not nn.Embedding:
+        return None, None
+    names = {id(module): name for name, module in model.named_modules()}
+    found = Linear(names[id(table)], table.embedding_dim, table.num_embeddings, bias=False)
+    tied = head is not None and head.weight is table.weight
+    return found, names[id(head)] if tied else None
 
 
 def _group(model: nn.Module, calls: Sequence[tuple[int, str, Tensor]]) -> Iterator[InputGroup]:

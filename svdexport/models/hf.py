@@ -16,8 +16,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from svdexport.checkpoint import FORMAT_VERSION, QUANT_METHOD, PairSpec
-from svdexport.models.modules import replace_linears
+from svdexport.checkpoint import FORMAT_VERSION, QUANT_METHOD, EmbeddingSpec, PairSpec
+from svdexport.models.modules import replace_embedding, replace_linears
 
 
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -28,6 +28,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = QUANT_METHOD,
         version: int = FORMAT_VERSION,
         low_rank: dict[str, dict[str, Any]] | None = None,
+        embedding: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if version != FORMAT_VERSION:
@@ -35,6 +36,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = quant_method
         self.version = version
         self.low_rank = low_rank or {}
+        self.embedding = embedding
 
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -48,6 +50,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
             for name, entry in self.quantization_config.low_rank.items()
         }
         replace_linears(model, pairs)
+        if self.quantization_config.embedding is not None:
+            replace_embedding(model, EmbeddingSpec(**self.quantization_config.embedding))
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

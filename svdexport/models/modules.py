@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from svdexport.checkpoint import PairSpec
+from svdexport.checkpoint import EmbeddingSpec, PairSpec
 
 
 class LowRankLinear(nn.Module):
@@ -66,15 +66,72 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """Weight as (out_features, in_features)."""
+    """Weight as (out_features, in_features); of an embedding, (width, tokens)."""
     weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator]
-    return weight.T if is_transposed(module) else weight
+    transposed = is_transposed(module) or isinstance(module, nn.Embedding)
+    return weight.T if transposed else weight
 
 
 def set_linear_weight(module: nn.Module, weight: Tensor) -> None:
     """Give a linear of either orientation a new weight (out_features, in_features)."""
     own = weight.T if is_transposed(module) else weight
     module.weight = nn.Parameter(own.contiguous(), requires_grad=False)
+
+
+class LowRankEmbedding(nn.Module):
+    """A token's row of the table is B A e, with e its one-hot vector: a column of A, then B."""
+
+    def __init__(self, tokens: int, width: int, rank: int) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.rank = tokens, width, rank
+        self.lr_a = nn.Linear(tokens, rank, bias=False)
+        self.lr_b = nn.Linear(rank, width, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table (tokens, width), for code that asks for its dtype, device or values."""
+        return (self.lr_b.weight @ self.lr_a.weight).T
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows: Tensor = self.lr_b(nn.functional.embedding(ids, self.lr_a.weight.T))
+        return rows
+
+
+class LowRankHead(nn.Module):
+    """A head that is tied to a low-rank embedding: logits = A^T (B^T x); no weights of its own."""
+
+    def __init__(self, embedding: LowRankEmbedding) -> None:
+        super().__init__()
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self._embedding = [embedding]  # in a list: not a submodule twice
+
+    @property
+    def weight(self) -> Tensor:
+        """The table (tokens, width)."""
+        return self._embedding[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self._embedding[0]
+        logits: Tensor = (x @ table.lr_b.weight) @ table.lr_a.weight
+        return logits
+
+
+def replace_embedding(model: nn.Module, spec: EmbeddingSpec) -> None:
+    """Put an (uninitialised) low-rank embedding, and a head that is tied to it, in place.
+
+    Raises ValueError where the name is not a plain embedding of this model.
+    """
+    old = model.get_submodule(spec.name)
+    if type(old) is not nn.Embedding:
+        raise ValueError(f"the checkpoint compresses {spec.name}, which is not a plain embedding")
+    with torch.device(old.weight.device):
+        new = LowRankEmbedding(old.num_embeddings, old.embedding_dim, spec.rank)
+    made: dict[str, nn.Module] = {spec.name: new.to(old.weight.dtype)}
+    if spec.tied_head is not None:
+        made[spec.tied_head] = LowRankHead(new)
+    for name, module in made.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
 
 
 def replace_linears(model: nn.Module, low_rank: Mapping[str, PairSpec]) -> None:

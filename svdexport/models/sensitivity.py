@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from svdexport.core.lowrank import FactorPair
 from svdexport.models.blocks import InputGroup, Structure, record_inputs, run_block, tail_loss
 from svdexport.models.calibrate import Progress
-from svdexport.models.modules import linear_shape
+from svdexport.models.modules import is_transposed, linear_shape
 
 Trials = Sequence[tuple[InputGroup, Sequence[FactorPair]]]
 
@@ -68,8 +68,7 @@ def _replaced(model: nn.Module, group: InputGroup, pair: FactorPair) -> Iterator
     parts = torch.split(pair.dense(), [linear_shape(module)[0] for module in modules])
     try:
         for module, weight, part in zip(modules, weights, parts, strict=True):
-            conv = type(module).__name__ == "Conv1D"
-            weight.data = (part.T if conv else part).to(weight.dtype).contiguous()
+            weight.data = (part.T if is_transposed(module) else part).to(weight.dtype).contiguous()
         yield
     finally:
         for weight, data in zip(weights, before, strict=True):

@@ -22,6 +22,7 @@ from svdexport.factorize import METHODS, split_outputs
 from svdexport.models.blocks import Structure, discover
 from svdexport.models.corpus import texts
 from svdexport.models.loader import load_model, load_tokenizer, open_source
+from svdexport.models.modules import is_transposed
 from svdexport.models.weights import Weights
 from svdexport.pipeline.compress import GroupPlan, allocate_ranks, plan_rows
 from svdexport.pipeline.factors import Factorizer, factors_file, moments_for, pair_at
@@ -175,6 +176,7 @@ class _Place:
             "allocate": contender.allocate,
             "allocation": dict(contender.allocation),
             "group": contender.group,
+            "sequential": False,
             "budget": {"param_ratio": ratio},
         }
         given = self.recipe.compress  # its own keys, where it names this very method or strategy
@@ -263,8 +265,7 @@ class _Place:
                     module = self.model.get_submodule(member.name)
                     weight: Tensor = module.weight  # type: ignore[assignment]
                     before.append((weight, weight.data))
-                    conv = type(module).__name__ == "Conv1D"
-                    weight.data = (part.T if conv else part).contiguous()
+                    weight.data = (part.T if is_transposed(module) else part).contiguous()
             yield
         finally:
             for weight, data in before:

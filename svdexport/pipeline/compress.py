@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from svdexport.allocate import STRATEGIES, Allocation, Candidate
-from svdexport.checkpoint import PairSpec
+from svdexport.checkpoint import EmbeddingSpec, PairSpec
 from svdexport.factorize import split_outputs
 from svdexport.files import write_atomic
 from svdexport.models.blocks import InputGroup, Structure
@@ -121,12 +121,21 @@ def plan_rows(plan: list[GroupPlan]) -> list[PlanRow]:
     return rows
 
 
-def low_rank_of(plan: list[GroupPlan]) -> dict[str, PairSpec]:
-    """The checkpoint's description of the pairs that a plan makes."""
+def embedding_of(plan: list[GroupPlan], structure: Structure) -> EmbeddingSpec | None:
+    """The low-rank token embedding that a plan makes, if it does."""
+    for entry in plan:
+        if entry.group.members[0] == structure.embedding and entry.allocation.rank is not None:
+            name, rank = entry.group.leader, entry.allocation.rank
+            return EmbeddingSpec(name, rank, structure.tied_head)
+    return None
+
+
+def low_rank_of(plan: list[GroupPlan], structure: Structure) -> dict[str, PairSpec]:
+    """The checkpoint's description of the pairs that a plan makes of linears."""
     return {
         member.name: PairSpec(entry.allocation.rank, entry.group.leader)
         for entry in plan
-        if entry.allocation.rank is not None
+        if entry.allocation.rank is not None and entry.group.members[0] != structure.embedding
         for member in entry.group.members
     }
 

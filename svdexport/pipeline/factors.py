@@ -17,6 +17,7 @@ from svdexport.core.lowrank import FactorPair, break_even_rank
 from svdexport.core.moments import Statistic
 from svdexport.core.noise import noise_model
 from svdexport.core.ranks import ALONE, Ranks
+from svdexport.errors import InputError
 from svdexport.factorize import METHODS, GroupData
 from svdexport.files import atomic_file
 from svdexport.models.blocks import InputGroup, Structure, matches, select
@@ -31,6 +32,13 @@ def chosen_groups(recipe: Recipe, structure: Structure) -> list[InputGroup]:
     """Groups of linears that the recipe compresses."""
     compress = recipe.compress
     method = METHODS.get(compress.method)  # none: all linears that a method could take
+    if method is not None and method.embedding:
+        if structure.embedding is None:
+            raise InputError(
+                f"compress.method: {compress.method} factorises the token embedding, but this "
+                "model's is not a plain table"
+            )
+        return [InputGroup(0, (structure.embedding,))]
     only = method.only if method else ()
     if only:
         return select(structure, compress.targets, compress.ignore, False, only)

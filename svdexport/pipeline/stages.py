@@ -197,15 +197,18 @@ def _assemble(
         plan = allocate_bytes(job, model, factors, load_file(tokens)["calibration"])
     else:
         plan = compress.allocate_ranks(recipe, structure, factors, more)
-    low_rank = compress.low_rank_of(plan)
+    low_rank = compress.low_rank_of(plan, structure)
+    embedding = compress.embedding_of(plan, structure)
     shutil.rmtree(checkpoint, ignore_errors=True)
-    config = both_rope_forms(compressed_config(model.checkpoint.config, low_rank))
+    config = both_rope_forms(compressed_config(model.checkpoint.config, low_rank, embedding))
     if job.recipe.compress.sequential:
         made = refactor_in_sequence(job, model, plan, tokens, factors)
         replaced = fitted_dense(model, plan)
     else:
         made = compress.pair_tensors(job.recipe.compress, plan, factors)
         replaced = []
+    if embedding is not None:
+        replaced += [name for name in (embedding.name, embedding.tied_head) if name]
     tensors = assembled(model.checkpoint, low_rank, made, replaced)
     write_checkpoint(checkpoint, model.source.folder, config, tensors)
     compress.save_plan(plan, plan_file)

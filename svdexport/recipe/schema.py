@@ -185,6 +185,7 @@ class Compress(_Section):
         "dobi_svd",
         "basis_sharing",
         "lorc",
+        "emb_ae",
         "kfac_svd",
     ] = "kfac_svd"
     settings: Annotated[
@@ -418,6 +419,16 @@ class Recipe(_Section):
             raise ValueError(
                 "compress.budget.bytes needs method: kfac_svd, whose losses compare across "
                 "layers, and a quantize section"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _embedding_exports(self) -> Recipe:
+        formats = {export.format for export in self.export} - {"checkpoint"}
+        if self.compress.method == "emb_ae" and formats:
+            raise ValueError(
+                "compress.method emb_ae makes a low-rank embedding, which no runtime behind "
+                f"{' or '.join(sorted(formats))} has; export format: checkpoint alone"
             )
         return self
 

@@ -64,12 +64,19 @@ class BasisSharing(Settings):
     refit: bool = False
 
 
+class EmbAe(Settings):
+    """Low-rank embedding: eigenproblems that raise the summed cosines."""
+
+    iterations: int = Field(default=10, ge=0, le=1000)
+
+
 METHOD_SETTINGS: dict[str, type[Settings]] = {
     "tfwsvd": Tfwsvd,
     "asvd": Asvd,
     "adasvd": Adasvd,
     "dobi_svd": DobiSvd,
     "basis_sharing": BasisSharing,
+    "emb_ae": EmbAe,
 }
 
 

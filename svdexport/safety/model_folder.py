@@ -201,6 +201,12 @@ def _check_pairs(model: ModelFolder) -> None:
     low_rank = section.get("low_rank")
     if not isinstance(low_rank, dict):
         raise InputError(f"{where}: quantization_config.low_rank is missing")
+    embedding = section.get("embedding")
+    if embedding is not None:
+        name = embedding.get("name") if isinstance(embedding, dict) else None
+        if not isinstance(name, str):
+            raise InputError(f"{where}: quantization_config.embedding needs a name and a rank")
+        low_rank = low_rank | {name: {"rank": embedding.get("rank"), "group": name}}
     for name, entry in low_rank.items():
         rank = entry.get("rank") if isinstance(entry, dict) else None
         group = entry.get("group") if isinstance(entry, dict) else None

@@ -1,0 +1,101 @@
+"""The low-rank token embedding: its directions, its checkpoint, its tied head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from svdexport import api
+from svdexport.checkpoint import Checkpoint
+from svdexport.errors import InputError, RecipeError
+from svdexport.factorize import METHODS, GroupData
+from svdexport.models.loader import load_model
+from svdexport.recipe.settings import EmbAe
+from svdexport.safety.model_folder import check_model_folder
+from tests.e2e.test_methods import RECIPE
+from tests.unit.gguf_models import WORDS, make_model
+
+OVERRIDES = ("compress.method=emb_ae", "compress.rank_multiple=8")
+
+
+def cosines(table: Tensor, approximate: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(table, approximate, dim=1).sum())
+
+
+def solved(table: Tensor, rank: int, iterations: int) -> Tensor:
+    """The approximate table, (tokens, width)."""
+    method = METHODS["emb_ae"]
+    settings = EmbAe(iterations=iterations)
+    given = GroupData((table.T,), None, None, rank, 0.1, settings)
+    assert method.keep is not None
+    assert method.finish is not None
+    start = method.factorize(given).pair(rank)
+    return method.finish(start, method.keep(given), settings).dense().T
+
+
+def test_directions_are_kept_better_than_by_the_svd_and_near_the_best_found_by_descent() -> None:
+    torch.manual_seed(0)
+    lengths = torch.logspace(-1, 1, 90)  # long rows draw the SVD to themselves
+    table = torch.randn(90, 12) @ torch.diag(torch.logspace(0, -1, 12)) * lengths[:, None]
+    sums = [cosines(table, solved(table, 4, steps)) for steps in (0, 1, 5, 40)]
+    assert sums == sorted(sums)
+    assert sums[-1] > sums[0] * 1.01
+    encoder = torch.randn(12, 4, requires_grad=True)
+    optimizer = torch.optim.Adam([encoder], lr=0.02)
+    for _ in range(800):  # a linear autoencoder with orthonormal weights, on the summed cosines
+        basis = torch.linalg.qr(encoder)[0]
+        loss = -torch.nn.functional.cosine_similarity(table, table @ basis @ basis.T, dim=1).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert sums[-1] > -float(loss.detach()) * 0.999
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_checkpoint_loads_and_a_tied_head_uses_the_same_factors(
+    tmp_path: Path, tied: bool
+) -> None:
+    make_model(
+        tmp_path / "model", "Llama", hidden_size=64, intermediate_size=96, tie_word_embeddings=tied
+    )
+    (tmp_path / "text.txt").write_text(WORDS * 60)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    folder = api.compress(tmp_path / "recipe.yaml", tmp_path / "out", OVERRIDES)
+    check_model_folder(folder)
+    found = Checkpoint.open(folder)
+    a, b = (found.tensor(f"model.embed_tokens.lr_{x}.weight") for x in "ab")
+    assert not found.has("model.embed_tokens.weight")
+    assert found.has("lm_head.weight") != tied
+    assert a.numel() + b.numel() <= 0.65 * 384 * 64
+    expected = load_model(tmp_path / "model")
+    with torch.no_grad():
+        expected.get_input_embeddings().weight.copy_((b @ a).T)  # a tied head's as well
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        logits = load_model(folder)(tokens).logits
+        assert torch.allclose(logits, expected(tokens).logits, atol=1e-4)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["embedding"]["rank"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="rank 3"):
+        check_model_folder(folder)
+
+
+def test_a_whole_run_exports_a_checkpoint_and_other_formats_are_refused(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "Llama", tie_word_embeddings=True)
+    (tmp_path / "text.txt").write_text(WORDS * 60)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    outcome = api.run(recipe, tmp_path / "out", OVERRIDES)
+    assert outcome.out is not None
+    assert [row.name for row in outcome.result.plan] == ["model.embed_tokens"]
+    kept = next(a for a in outcome.result.artifacts if a.kept)
+    assert kept.quality is not None
+    assert kept.parity is not None
+    assert kept.parity.problems == ()
+    with pytest.raises(RecipeError, match=r"emb_ae .* export format: checkpoint"):
+        api.run(recipe, tmp_path / "no", (*OVERRIDES, "export.0.format=gguf"))
