@@ -81,5 +81,5 @@ def _memory(recipe: Recipe, structure: Structure, groups: list[InputGroup]) -> d
     return {
         "weights": weights,
         "moments_of_a_block": moments,
-        "activations": tokens * width * BYTES_F32 * boundaries,
+        "activations": tokens * width * BYTES_F32 * boundaries if needs else 0,
     }
