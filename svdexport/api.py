@@ -30,6 +30,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "frontier",
     "inspect",
     "plan",
     "report",
@@ -137,6 +138,35 @@ def export(
         quantized = quantize_exports(job, model, compressed)
         artifacts = export_all(job, model, compressed.checkpoint, quantized.key, quantized.folders)
         return [artifact.path for artifact in artifacts if artifact.role == "compressed"]
+
+
+def frontier(
+    recipe: Path | str,
+    budgets: Sequence[int],
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    plain: Sequence[str] = (),
+    speed: bool = True,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Files of several sizes beside llama.cpp's plain types, measured; the folder they are in.
+
+    Args:
+        budgets: bytes of each file. plain: llama.cpp's mixes, such as ``Q4_K_M``.
+        speed: also time them, against llama.cpp's Q4_0.
+
+    Raises:
+        RecipeError: the recipe has no budget in bytes, or the output exists already.
+    """
+    place = out or Path("out") / f"{Path(recipe).stem}-frontier"
+    if place.exists():
+        raise RecipeError(f"{place}: exists already; move it away, or give another --out")
+    with _job(Path(recipe), place, overrides, False, reporter) as job:
+        from svdexport.pipeline.frontier import frontier as find
+        from svdexport.pipeline.frontier import publish
+
+        return publish(find(job, budgets, plain, speed), place)
 
 
 def plan(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from svdexport import __version__
-from svdexport.errors import EXIT_BUG, SvdexportError
+from svdexport.errors import EXIT_BUG, RecipeError, SvdexportError
 from svdexport.safety.network import no_network
 
 app = typer.Typer(
@@ -96,6 +96,37 @@ def run(
         else:
             out_console.print("nothing was written under the output's name")
     raise typer.Exit(outcome.result.verdict.exit_code)
+
+
+@app.command()
+def frontier(
+    recipe: RecipeArg,
+    budget: Annotated[list[str], typer.Option("--budget", help="Bytes of a file; repeatable.")],
+    plain: Annotated[
+        list[str] | None, typer.Option("--plain", help="llama.cpp's mixes to show beside ours.")
+    ] = None,
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="Measure quality alone.")] = False,
+    out: OutOpt = None,
+    set_: SetOpt = None,
+    quiet: QuietOpt = False,
+) -> None:
+    """Write GGUF files of several sizes and measure them beside llama.cpp's plain types.
+
+    Example: svdexport frontier recipes/smallest-gguf.yaml --budget 92MB --budget 80MB
+    """
+    from svdexport import api
+    from svdexport.recipe import parse_bytes
+
+    try:
+        sizes = [int(parse_bytes(value)) for value in budget]
+    except ValueError as error:
+        raise RecipeError(f"--budget: {error}") from None
+    mixes = plain or ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"]
+    folder = api.frontier(
+        recipe, sizes, out, set_ or [], plain=mixes, speed=not no_speed, reporter=_reporter(quiet)
+    )
+    out_console.print((folder / "frontier.md").read_text(encoding="utf-8"))
+    out_console.print(f"written: {folder}", soft_wrap=True)
 
 
 @app.command()

@@ -58,7 +58,7 @@ class LlamaCppRuntime:
         self.threads = threads
         self.context = context
         self._lib = bindings()
-        _quiet(self._lib)
+        quiet_log(self._lib)
         if holds_pairs(path) and not supports_low_rank():
             raise InputError(f"{path}: {NEEDS_PAIRS}")
         _said.clear()
@@ -224,7 +224,7 @@ def holds_pairs(path: Path) -> bool:
     )
 
 
-def _quiet(lib: Any) -> None:
+def quiet_log(lib: Any) -> None:
     """Keep llama.cpp's log off the terminal; warnings and errors are kept for messages."""
     if "callback" in _state:  # set again: other code of this process may have set its own
         lib.llama_log_set(_state["callback"], None)
