@@ -376,21 +376,26 @@ def inspect(
 
 @app.command()
 def methods(as_json: JsonOpt = False) -> None:
-    """The factorisation methods, what each needs, and where it comes from.
+    """The factorisation methods and the refiners, what each needs, and where it comes from.
 
     Example: svdexport methods --json
     """
     from svdexport.factorize import METHODS
+    from svdexport.refine import REFINERS
     from svdexport.report.terminal import methods_table
 
     rows = [
         {"name": m.name, "title": m.title, "needs": ", ".join(sorted(m.needs)), "source": m.source}
         for m in METHODS.values()
     ]
+    refiners = [
+        {"name": f"refine: {r.name}", "title": r.title, "needs": "pairs", "source": r.source}
+        for r in REFINERS.values()
+    ]
     if as_json:
-        _print_json({"methods": rows})
+        _print_json({"methods": rows, "refiners": refiners})
     else:
-        out_console.print(methods_table(rows))
+        out_console.print(methods_table([*rows, *refiners]))
 
 
 @app.command()
