@@ -23,8 +23,8 @@ class Training(Section):
 
     steps: int | None = Field(default=None, ge=1, le=10**7)
     minutes: float | None = Field(default=None, gt=0, le=10**5)
-    learning_rate: float = Field(default=5e-4, gt=0, le=1)
-    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the training")
+    learning_rate: float = Field(default=2e-4, gt=0, le=1)
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the training")
     batch: int = Field(default=4, ge=1, le=4096)
     length: int | None = Field(
         default=None, ge=8, le=10**6, description="tokens a window; else calibration.length"
