@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.forked_runs import Limits, finish, start
-from tests.unit.tiny_checkpoints import make_model
+from tests.unit.gguf_models import make_model
 
 pytest.importorskip("llama_cpp")
 pytest.importorskip("onnxruntime_genai")
@@ -20,7 +20,7 @@ RECIPE = """\
 schema: 1
 model: {path: m}
 calibration: {samples: 6, length: 64}
-compress: {budget: {param_ratio: 0.7}, rank_multiple: 8}
+compress: {budget: {param_ratio: 0.7}, rank_multiple: 32}
 export: [{format: gguf, type: Q8_0}, {format: onnx, precision: int8}]
 evaluate: {context: 128, windows: 2}
 speed: {threads: 1}
@@ -31,7 +31,7 @@ EXPORT = ["export", "r.yaml", "--out", "o", "--quiet"]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exports")
-    make_model(folder / "m", "llama-tied")
+    make_model(folder / "m", "Llama", hidden_size=128, intermediate_size=192)
     (folder / "r.yaml").write_text(RECIPE)
     return folder
 
@@ -153,8 +153,9 @@ def test_a_text_or_recipe_that_cannot_be_read_is_exit_2(place: Path, name: str) 
         code, err = finish(place, ["export", "r2.yaml", "--out", "p"], Limits(bound=True))
     finally:
         (place / name).chmod(0o644)
-    assert (code, len(err.splitlines())) == (2, 1), err
-    assert name in err
+    assert code == 2, err
+    assert name in err.splitlines()[-1]
+    assert "Traceback" not in err
     assert not (place / ".p.work").exists()
 
 

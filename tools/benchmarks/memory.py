@@ -3,27 +3,30 @@
     python tools/benchmarks/memory.py make 1.1B --folder big/m        # bf16, written as a stream
     python tools/benchmarks/memory.py plan --folder big/m
     python tools/benchmarks/memory.py compress --folder big/m --method svd_llm [--blocks 2]
+    python tools/benchmarks/memory.py pairs --folder big/m            # random pairs, 80 % kept
     python tools/benchmarks/memory.py export --folder big/m --format gguf
 
 ``compress`` runs the command line in a process of its own, with streamed weights; ``--blocks``
 stops it once that many blocks have their factors. ``export`` writes the checkpoint that a whole
-``compress`` has left, without the checks that follow. Each prints one JSON object. ``resident`` is
-the kernel's high-water mark (VmHWM), which counts mapped pages of files; ``anonymous`` is the
-largest sample (20 a second) of what is not backed by a file; ``children`` are the same of processes
-that it started, such as llama.cpp's converter.
+``compress``, or ``pairs``, has left, without the checks that follow. Each prints one JSON object.
+``resident`` is the kernel's high-water mark (VmHWM), which counts mapped pages of files;
+``anonymous`` is the largest sample (20 a second) of what no file backs; ``children_resident`` is
+that of processes that it started, such as llama.cpp's converter.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,7 @@ speed: {{threads: {threads}}}
 
 
 def make(folder: Path, shape: str, layers: int | None) -> dict[str, Any]:
-    """Write the model, one tensor in memory at a time; all blocks hold the same random values."""
+    """Write the model, one block in memory at a time; all blocks hold the same random values."""
     import torch
 
     from svdexport.export.safetensors_write import SafetensorsWriter
@@ -75,23 +78,28 @@ def make(folder: Path, shape: str, layers: int | None) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     weight_map: dict[str, str] = {}
 
-    def write(file: str, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
-        generator.manual_seed(seed)
+    drawn: dict[str, torch.Tensor] = {}
+
+    def values(name: str, size: tuple[int, ...]) -> torch.Tensor:
+        kind = re.sub(r"\d+", "N", name)
+        if kind not in drawn:
+            random_values = torch.randn(size, generator=generator) / math.sqrt(size[-1])
+            drawn[kind] = (random_values if len(size) > 1 else torch.ones(size)).bfloat16()
+        return drawn[kind]
+
+    def write(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
         with SafetensorsWriter(folder / file) as writer:
             for name, size in shapes.items():
-                values = torch.randn(size, generator=generator) / math.sqrt(size[-1])
-                if len(size) == 1:
-                    values = torch.ones(size)
-                writer.add(name, values.bfloat16())
+                writer.add(name, values(name, size))
                 weight_map[name] = file
 
     width, vocab = config["hidden_size"], config["vocab_size"]
     ends = {"model.embed_tokens.weight": (vocab, width), "model.norm.weight": (width,)}
     if not config["tie_word_embeddings"]:
         ends["lm_head.weight"] = (vocab, width)
-    write("ends.safetensors", ends, 1)
+    write("ends.safetensors", ends)
     for layer in range(config["num_hidden_layers"]):
-        write(f"layer-{layer:02d}.safetensors", _block(layer, config), 2)
+        write(f"layer-{layer:02d}.safetensors", _block(layer, config))
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -118,18 +126,26 @@ def _block(layer: int, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _tokenizer(folder: Path) -> None:
-    """Bytes as tokens: what the text says does not matter here."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """A small sentencepiece one, which llama.cpp's converter takes for any Llama."""
+    import sentencepiece
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {name: i for i, name in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([_text(2000)]),
+        model_writer=out,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(out.getvalue())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+
+
+def _text(count: int) -> str:
+    words = random.Random(0)
+    return "".join(words.choice("abcdefgh ijklmnop ") for _ in range(count))
 
 
 def watch(command: list[str], done: Callable[[], bool] = lambda: False) -> dict[str, Any]:
@@ -173,10 +189,7 @@ def _status(pid: int, key: str) -> int:
 def recipe_of(options: argparse.Namespace) -> Path:
     """A recipe and a text beside the model."""
     place = options.folder.parent
-    words = random.Random(0)
-    count = options.samples * options.length
-    text = "".join(words.choice("abcdefgh ijklmnop\n") for _ in range(count + 64))
-    (place / "text.txt").write_text(text)
+    (place / "text.txt").write_text(_text(8 * (options.samples * options.length + 64)))
     recipe = place / "memory.yaml"
     recipe.write_text(RECIPE.format(model=options.folder.name, **vars(options)))
     return recipe
@@ -203,6 +216,48 @@ def compress(options: argparse.Namespace) -> dict[str, Any]:
     return found | {"method": options.method, "seconds_between_blocks": between}
 
 
+GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+def pairs(options: argparse.Namespace) -> dict[str, Any]:
+    """A compressed checkpoint with random pairs, where only the exporters are measured."""
+    import torch
+
+    from svdexport.checkpoint import Checkpoint, PairSpec
+    from svdexport.export.checkpoint import assembled, compressed_config, write_checkpoint
+
+    source = Checkpoint.open(options.folder)
+    config = source.config
+    low_rank: dict[str, PairSpec] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for layer in range(config["num_hidden_layers"]):
+        block = {k.removesuffix(".weight"): v for k, v in _block(layer, config).items()}
+        shapes |= {name: (v[0], v[1]) for name, v in block.items() if len(v) == 2}
+        for group in GROUPS:
+            names = [f"model.layers.{layer}.{name}" for name in group]
+            rows, columns = sum(shapes[name][0] for name in names), shapes[names[0]][1]
+            rank = int(0.8 * rows * columns / (rows + columns)) // 32 * 32
+            low_rank |= {name: PairSpec(rank, names[0]) for name in names}
+
+    def made() -> Iterator[dict[str, torch.Tensor]]:
+        for name, spec in low_rank.items():
+            rows, columns = shapes[name]
+            found = {f"{name}.lr_b.weight": torch.randn(rows, spec.rank) / spec.rank**0.5}
+            if spec.group == name:
+                found[f"{name}.lr_a.weight"] = torch.randn(spec.rank, columns) / columns**0.5
+            yield found
+
+    out = options.folder.parent / ".out.work" / "checkpoint"
+    changed = compressed_config(config, low_rank)
+    write_checkpoint(out, options.folder, changed, assembled(source, low_rank, made()))
+    return {"checkpoint": str(out)}
+
+
 def export(options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "worker", "--folder", str(options.folder)]
     return watch([*command, "--format", options.format])
@@ -226,7 +281,7 @@ def worker(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["make", "plan", "compress", "export", "worker"])
+    parser.add_argument("what", choices=["make", "plan", "compress", "pairs", "export", "worker"])
     parser.add_argument("shape", nargs="?", choices=SHAPES, default="tiny")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", type=int)
@@ -245,11 +300,8 @@ def main() -> None:
     elif options.what == "make":
         print(json.dumps(make(options.folder, options.shape, options.layers)))
     else:
-        print(
-            json.dumps(
-                {"plan": plan, "compress": compress, "export": export}[options.what](options)
-            )
-        )
+        commands = {"plan": plan, "compress": compress, "pairs": pairs, "export": export}
+        print(json.dumps(commands[options.what](options)))
 
 
 if __name__ == "__main__":
