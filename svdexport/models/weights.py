@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import InputError
-from svdexport.models.modules import linear_weight
+from svdexport.models.modules import linear_weight, replace_linears
 from svdexport.runtimes.torch_rt import quiet_transformers
+from svdexport.safety import check_safetensors
 
 
 class Weights:
@@ -42,6 +44,11 @@ class Weights:
         """The model with the weights of everything outside the blocks (embedding, norm, head)."""
         yield self.model
 
+    @contextlib.contextmanager
+    def on_call(self) -> Iterator[nn.Module]:
+        """The model, to be called as a whole; a streamed module has weights during its call."""
+        yield self.model
+
     def linear(self, name: str) -> Tensor:
         """Weight of a linear as (out_features, in_features), float32."""
         return linear_weight(self.model.get_submodule(name))
@@ -56,8 +63,9 @@ class StreamedWeights(Weights):
     """A model whose weights stay in its safetensors until they are needed.
 
     Args:
-        folder: a Hugging Face folder. blocks: module paths of the decoder blocks.
-        trust_remote_code: whether code in the folder may run.
+        folder: a Hugging Face folder, dense or compressed. blocks: module paths of the decoder
+            blocks. trust_remote_code: whether code in the folder may run.
+        values: a safetensors file; what it holds is taken instead of the folder's tensors.
 
     Raises:
         InputError: transformers makes this model's parameters from several of its tensors, so
@@ -67,10 +75,16 @@ class StreamedWeights(Weights):
     streamed = True
 
     def __init__(
-        self, folder: Path, blocks: tuple[str, ...], trust_remote_code: bool = False
+        self,
+        folder: Path,
+        blocks: tuple[str, ...],
+        trust_remote_code: bool = False,
+        values: Path | None = None,
     ) -> None:
         super().__init__(_empty_model(folder, trust_remote_code))
         self._checkpoint = Checkpoint.open(folder)
+        self._values = values
+        self._given = set(check_safetensors(values).tensors) if values is not None else set()
         self._names = _stored_names(self.model, self._checkpoint)
         for name, _ in list(self.model.named_buffers()):
             if self._checkpoint.has(name):  # others are made anew from the configuration
@@ -110,6 +124,27 @@ class StreamedWeights(Weights):
                 stack.callback(hook.remove)
             yield self.model
 
+    @contextlib.contextmanager
+    def on_call(self) -> Iterator[nn.Module]:
+        with contextlib.ExitStack() as stack:
+            for name, module in self.model.named_modules():
+                if any(True for _ in module.parameters(recurse=False)):
+                    self._fill_on_call(name, module, stack)
+            yield self.model
+
+    def _fill_on_call(self, name: str, module: nn.Module, hooks: contextlib.ExitStack) -> None:
+        filled: list[contextlib.AbstractContextManager[nn.Module]] = []
+
+        def before(_module: nn.Module, _inputs: object) -> None:
+            filled.append(self._filled(name, module))
+            filled[-1].__enter__()
+
+        def after(_module: nn.Module, _inputs: object, _output: object) -> None:
+            filled.pop().__exit__(None, None, None)
+
+        hooks.callback(module.register_forward_pre_hook(before).remove)
+        hooks.callback(module.register_forward_hook(after, always_call=True).remove)
+
     def linear(self, name: str) -> Tensor:
         with self._filled(name, self.model.get_submodule(name)) as module:
             return linear_weight(module)
@@ -120,7 +155,7 @@ class StreamedWeights(Weights):
         empty = dict(module.named_parameters(recurse=False))
         for key, parameter in empty.items():
             full = f"{name}.{key}" if name else key
-            value = self._checkpoint.tensor(self._names[full]).float()
+            value = self._tensor(full).float()
             if value.shape != parameter.shape:
                 raise InputError(
                     f"{self._checkpoint.path}: tensor {full} has shape {tuple(value.shape)}, "
@@ -132,6 +167,14 @@ class StreamedWeights(Weights):
         finally:
             module._parameters.update(empty)
 
+    def _tensor(self, full: str) -> Tensor:
+        for name in (full, self._names[full]):
+            if name in self._given and self._values is not None:
+                with safe_open(self._values, framework="pt") as file:
+                    given: Tensor = file.get_tensor(name)
+                return given
+        return self._checkpoint.tensor(self._names[full])
+
 
 def _empty_model(folder: Path, trust_remote_code: bool) -> nn.Module:
     """The model with parameters on the meta device and buffers (rotary frequencies) as they are."""
@@ -141,9 +184,12 @@ def _empty_model(folder: Path, trust_remote_code: bool) -> nn.Module:
         config = AutoConfig.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         model: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
+        replace_linears(model, Checkpoint.open(folder).low_rank)
     return model.eval()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +17,10 @@ from torch import nn
 from svdexport.checkpoint import Checkpoint
 from svdexport.core.measures import Parity
 from svdexport.export import Exported, ExportRequest, exporter
+from svdexport.export.safetensors_write import SafetensorsWriter
 from svdexport.files import sha256_file, write_atomic
 from svdexport.models.loader import load_model
+from svdexport.models.weights import StreamedWeights
 from svdexport.pipeline.job import Job, ModelUnderWork, key
 from svdexport.recipe import CheckpointExport, Export, GgufExport
 from svdexport.runtimes import Runtime, open_runtime
@@ -153,24 +156,43 @@ def _parity(
     torch.set_num_threads(job.threads)
     stock = isinstance(spec, GgufExport) and spec.form != "pairs"  # read back as dense weights
     folder = model.source.folder if stock else opened.path
-    reference = load_model(folder, model.source.trust_remote_code)
     values = exporter(spec.format).read_back(
         exported.path, opened, model.source.folder, model.source.gguf, job.work / "base"
     )
-    load_values(reference, values)
-    tokens = parity_tokens(job, reference)
     limits = tolerance(exported.format, exported.type)
-    torch_runtime = TorchRuntime(opened.path, job.threads, reference)
-    expected = torch_runtime.logits(tokens)
-    rounded = None
-    if limits is INT8_ACTIVATIONS:  # how much the runtime's 8-bit activations may change
-        with rounded_activations(reference):
-            rounded = torch_runtime.logits(tokens)
+    with _reference(job, model, folder, values) as reference:
+        tokens = parity_tokens(job, reference)
+        torch_runtime = TorchRuntime(opened.path, job.threads, reference)
+        expected = torch_runtime.logits(tokens)
+        rounded = None
+        if limits is INT8_ACTIVATIONS:  # how much the runtime's 8-bit activations may change
+            with rounded_activations(reference):
+                rounded = torch_runtime.logits(tokens)
     runtime = parity_runtime(exported.path, job.threads)
     try:
         return compare(expected, runtime.logits(tokens), limits, rounded)
     finally:
         runtime.close()
+
+
+@contextlib.contextmanager
+def _reference(
+    job: Job, model: ModelUnderWork, folder: Path, values: Iterable[tuple[str, np.ndarray]]
+) -> Iterator[nn.Module]:
+    """The torch model of a folder with the values that were read back, loaded or streamed."""
+    trusted = model.source.trust_remote_code
+    if not model.memory.streamed:
+        loaded = load_model(folder, trusted)
+        load_values(loaded, values)
+        yield loaded
+        return
+    scratch = job.work / "read-back.safetensors"
+    with SafetensorsWriter(scratch) as writer:
+        for name, value in values:
+            writer.add(name, torch.from_numpy(np.array(value, dtype=np.float32)))
+    with StreamedWeights(folder, (), trusted, scratch).on_call() as streamed:
+        yield streamed
+    scratch.unlink()
 
 
 def parity_tokens(job: Job, model: Any) -> np.ndarray:

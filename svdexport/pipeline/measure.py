@@ -43,8 +43,9 @@ def measure_quality(
     def make() -> None:
         folder = job.work / "reference"
         folder.mkdir(exist_ok=True)
-        dense = TorchRuntime(model.source.folder, job.threads, model.model)
-        reference = ReferenceLogits.of(dense, windows, folder)
+        with model.weights.on_call() as whole:
+            dense = TorchRuntime(model.source.folder, job.threads, whole)
+            reference = ReferenceLogits.of(dense, windows, folder)
         model.release()
         found: dict[str, Quality] = {}
         for done, artifact in enumerate(artifacts):

@@ -18,7 +18,7 @@ from svdexport.models.calibrate import BlockMoments, calibrate
 from svdexport.models.loader import load_model, structure_of
 from svdexport.models.weights import StreamedWeights, as_weights
 from svdexport.pipeline.job import decide_memory
-from tests.unit.tiny_checkpoints import make_model
+from tests.unit.tiny_checkpoints import compress, make_model
 
 FAMILIES = ["llama", "llama-tied", "llama-bias", "mistral-window", "qwen3", "gemma2", "gpt2"]
 RECIPE = """\
@@ -56,6 +56,29 @@ def test_streamed_weights_are_those_of_the_loaded_model(family: str, tmp_path: P
     for linear in structure.linears():
         assert torch.equal(weights.linear(linear.name), as_weights(loaded).linear(linear.name))
     assert all(parameter.is_meta for parameter in weights.model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
+def test_a_streamed_model_can_be_called_as_a_whole(family: str, tmp_path: Path) -> None:
+    make_model(tmp_path / "m", family)
+    groups = {"gpt2": [["mlp.c_fc"]]}.get(family, [["mlp.gate_proj", "mlp.up_proj"]])
+    compress(tmp_path / "m", tmp_path / "c", groups, rank=8)
+    tokens = torch.randint(0, 300, (1, 16), generator=torch.Generator().manual_seed(1))
+    for folder in (tmp_path / "m", tmp_path / "c"):
+        loaded = load_model(folder)
+        values = {
+            name: torch.randn_like(parameter)
+            for name, parameter in loaded.named_parameters()
+            if ".1.mlp" in name or "lm_head" in name
+        }
+        save_file(values, tmp_path / "values")
+        for given in (None, tmp_path / "values"):
+            if given is not None:
+                loaded.load_state_dict(values, strict=False)
+            with torch.no_grad(), StreamedWeights(folder, (), False, given).on_call() as model:
+                found = model(tokens).logits
+                assert all(parameter.is_meta for parameter in model.parameters())
+                assert torch.equal(found, loaded(tokens).logits)
 
 
 def test_only_what_is_used_is_in_memory(tmp_path: Path) -> None:
