@@ -95,7 +95,7 @@ class Parity:
 @dataclass(frozen=True)
 class SpeedSettings:
     """How speed is measured: `prefill` are prompt lengths in tokens, `decode` the number of
-    single-token steps.
+    single-token steps (0 for an encoder, which has none).
     """
 
     threads: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def export(request: ExportRequest) -> Exported:
     try:
         from svdexport.export.onnx_emit import BuildPlan
         from svdexport.export.onnx_files import write_side_files
+        from svdexport.export.onnx_mobile import write_mobile
     except ImportError as error:
         raise MissingExtraError("onnx", f"ONNX export ({error.name} is missing)") from None
     spec = request.spec
@@ -71,14 +73,18 @@ def export(request: ExportRequest) -> Exported:
         half=spec.precision == "fp16",
         standard=spec.operators == "standard",
         packed=PackedFolder.open(request.packed),
+        latent=spec.kv_cache == "latent",
     )
     every, genai, emission, records, reason = _build(plan, request.out)
     files = {MODEL_FILE: every}
-    if genai is not None:
+    decoder = any(output.name == "logits" for output in every.graph.output)
+    if decoder:
         files[LAST_FILE] = last_position_graph(every)
     for name, proto in files.items():
         (request.out / name).write_bytes(proto.SerializeToString(deterministic=True))
     write_side_files(request.source, request.out, genai, LAST_FILE)
+    if spec.mobile:
+        write_mobile(request.out, LAST_FILE if decoder else MODEL_FILE, DATA_FILE)
     size = sum((request.out / name).stat().st_size for name in (*files, DATA_FILE))
     notes = tuple(_notes(emission, plan, reason))
     return Exported(request.out, "onnx", spec.precision, size, records, notes)
@@ -99,7 +105,10 @@ def _build(
     from svdexport.export.onnx_pack import DataWriter
 
     config = load_config(plan.source)
-    reason = "standard operators were asked for" if plan.standard else why_not(config)
+    reason = why_not(config)
+    for asked, what in ((plan.latent, "a latent cache"), (plan.standard, "standard operators")):
+        if asked:
+            reason = f"{what} was asked for"
     genai: dict[str, Any] | None = None
     with DataWriter(out, DATA_FILE) as data:
         if is_encoder(plan.checkpoint.config):
@@ -108,7 +117,8 @@ def _build(
             model, genai, emission = build(plan, data, config, out)
         else:
             model, emission = build_general(plan, data, config)
-            genai = genai_settings(config, LAST_FILE)
+            if not emission.latent_layers:  # else keys and values differ in shape
+                genai = genai_settings(config, LAST_FILE)
     rows = {name: [list(row) for row in rows] for name, rows in sorted(emission.rows.items())}
     model.metadata_props[ROWS_KEY] = json.dumps(rows, separators=(",", ":"))
     model.metadata_props[TRANSPOSED_KEY] = json.dumps(sorted(emission.transposed))
@@ -138,6 +148,9 @@ def _notes(emission: Any, plan: Any, reason: str | None) -> Iterator[str]:
             f"to nearest ({how}; onnxruntime then rounds activations to int8)"
         )
         yield f"LM head or embedding without one: {plan.head_grid.bits} bits"
+    if emission.latent_layers:
+        layers = len(emission.latent_layers)
+        yield f"the cache of values holds A x in {layers} layers; `inspect` says its bytes a token"
     if emission.shared_embedding:
         yield "embedding and LM head are tied and stored once"
     elif not any("embedding" in name for name in emission.grids):
@@ -175,6 +188,8 @@ def read_back(
     transposed = set(json.loads(metadata.get(TRANSPOSED_KEY, "[]")))
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     seen: set[str] = set()
+    halves: dict[str, list[np.ndarray]] = {}  # of tensors that several initialisers hold
+    spread = Counter(part[0] for parts in rows.values() for part in parts)
     for node in model.graph.node:
         for name in node.input:
             if name not in rows or name in seen or node.op_type not in _READERS:
@@ -186,8 +201,13 @@ def read_back(
             start = 0
             for tensor_name, count in rows[name]:
                 part = values[start : start + count]
-                yield tensor_name, part.T if tensor_name in transposed else part
                 start += count
+                if spread[tensor_name] > 1:
+                    halves.setdefault(tensor_name, []).append(part)
+                    if len(halves[tensor_name]) < spread[tensor_name]:
+                        continue
+                    part = np.concatenate(halves.pop(tensor_name))
+                yield tensor_name, part.T if tensor_name in transposed else part
             if start != values.shape[0]:
                 raise ArtifactError(
                     f"{path / MODEL_FILE}: {name} has {values.shape[0]} rows, "

@@ -96,11 +96,19 @@ def build(
         maker = _builder_class(config.architectures[0])(config, model, plan, data, out)
         maker.make_model(str(plan.source))
         maker.make_genai_config(config, {}, str(out))
+    _name_cache_width(maker.model.graph, int(maker.head_size))
     maker.model.graph.sort()
     maker.stamp_build_metadata(maker.model)
     settings = json.loads((out / "genai_config.json").read_text(encoding="utf-8"))
     emission: Emission = maker.emission
     return maker.model, settings, emission
+
+
+def _name_cache_width(graph: ir.Graph, width: int) -> None:
+    """The builder leaves the width of the cache open; clients that make an empty one need it."""
+    for value in (*graph.inputs, *graph.outputs):
+        if str(value.name).startswith(("past_key_values.", "present.")) and value.shape is not None:
+            value.shape = ir.Shape([*value.shape.dims[:3], width])
 
 
 def _builder_class(architecture: str) -> Callable[..., Any]:

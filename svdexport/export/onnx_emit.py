@@ -39,6 +39,7 @@ class BuildPlan:
         half: everything in float16, logits and cache too, for WebGPU; the grids are then None.
         standard: ONNX's own operators alone.
         packed: weights that were quantised before.
+        latent: cache A x where v is a pair of small rank.
     """
 
     checkpoint: Checkpoint
@@ -48,6 +49,7 @@ class BuildPlan:
     half: bool = False
     standard: bool = False
     packed: PackedFolder | None = None
+    latent: bool = False
 
 
 @dataclass
@@ -59,12 +61,14 @@ class Emission:
         grids: weight initialiser -> its grid, where it is quantised.
         transposed: dense tensors that the checkpoint stores as (inputs, outputs).
         shared_embedding: the LM head's weight also serves the embedding.
+        latent_layers: layers whose cache holds A x.
     """
 
     rows: dict[str, list[Row]] = field(default_factory=dict)
     transposed: list[str] = field(default_factory=list)
     grids: dict[str, NBitsGrid] = field(default_factory=dict)
     shared_embedding: bool = False
+    latent_layers: list[int] = field(default_factory=list)
 
 
 class PairEmitter:

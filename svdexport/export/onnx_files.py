@@ -47,11 +47,29 @@ def write_side_files(source: Path, out: Path, genai: dict[str, Any] | None, grap
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+    if (out / "tokenizer_config.json").is_file():
+        _write_json(out / "tokenizer_config.json", _for_other_readers(out))
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     _write_json(out / "config.json", both_rope_forms(config))
     if genai is not None:
         genai["model"]["decoder"]["filename"] = graph
         _write_json(out / "genai_config.json", genai)
+
+
+def _for_other_readers(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json as transformers 4 and transformers.js take it.
+
+    The former does not know the class that transformers 5 names, the latter looks for the chat
+    template here alone.
+    """
+    text = (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+    config: dict[str, Any] = json.loads(text)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        config.setdefault("chat_template", template.read_text(encoding="utf-8"))
+    return config
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from svdexport.errors import InputError
 from svdexport.export.onnx_emit import HEAD, BuildPlan, Emission
 from svdexport.export.onnx_forms import ContribForm, Form, StandardForm
 from svdexport.export.onnx_pack import DataWriter, quantized, to_half
-from svdexport.export.onnx_trace import PREFIX, stand_in_of, trace, traced_model
+from svdexport.export.onnx_trace import PREFIX, latent_layers, stand_in_of, trace, traced_model
 
 IR_VERSION = 10
 
@@ -27,9 +27,18 @@ def build_general(plan: BuildPlan, data: DataWriter, config: Any) -> tuple[ir.Mo
     product with its weight.
     """
     dtype = torch.float16 if plan.half else torch.float32
-    model: Any = traced_model(config, plan.checkpoint, dtype)
+    model: Any = traced_model(config, plan.checkpoint, dtype, plan.latent)
+    latent = latent_layers(model)
+    if plan.latent and plan.checkpoint.low_rank and not latent:
+        raise InputError(
+            f"{plan.checkpoint.path}: kv_cache: latent needs a v projection whose rank is a "
+            "multiple of the head size and below the width of all key-value heads; see "
+            "compress.rank_multiple and compress.group"
+        )
     heads, width, layers = cache_shape(config)
-    return prepared(trace(model, heads, width, layers), plan, data, model)
+    traced, emission = prepared(trace(model, heads, width, layers), plan, data, model)
+    emission.latent_layers = sorted(latent)
+    return traced, emission
 
 
 def prepared(
@@ -103,7 +112,7 @@ class _Writer:
     def _write_linear(self, linear: str, leaf: str, stand_in: ir.Value) -> None:
         node = self._only_product(linear, stand_in)
         head = linear == self.head
-        stem = f"{linear}.{leaf}" if leaf in ("lr_a", "lr_b") else linear
+        stem = f"{linear}.{leaf}" if leaf.startswith("lr_") else linear
         node.name = HEAD if head and leaf != "lr_a" else f"/{stem.replace('.', '/')}/MatMul"
         grid = self.plan.head_grid if head else self.plan.grid
         if head and self.emission.shared_embedding:
@@ -112,7 +121,12 @@ class _Writer:
             del self.graph.initializers[str(stand_in.name)]
             return
         tensor = self.embedding if head and self._tied else f"{stem}.weight"
+        if leaf.startswith("lr_b_"):
+            tensor = f"{linear}.lr_b.weight"
         weight = self.plan.checkpoint.tensor(tensor).float().numpy()
+        if leaf.startswith("lr_b_"):
+            width = int(stand_in.shape[1])  # type: ignore[index, arg-type]
+            weight = weight[int(leaf[5:]) * width :][:width]
         if leaf == "weight_t":
             weight = weight.T
             self.emission.transposed.append(tensor)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from svdexport.checkpoint import Checkpoint, is_encoder
 from svdexport.errors import InputError
+from svdexport.export.onnx_latent import ATTENTION, LatentValue, register
 
 OPSET = 20
 """The last opset before attention becomes one operator, which onnxruntime's CPU runs no faster."""
@@ -45,8 +46,7 @@ class _Linear(nn.Module):
         self.leaves = tuple(shapes)
         for leaf, (rows, columns) in shapes.items():
             # Equal constants could be merged by an optimiser: give each its own number.
-            bits = torch.int16 if dtype == torch.float16 else torch.int32
-            number = torch.tensor(next(numbers), dtype=bits).view(dtype)
+            number = _number(next(numbers), dtype)
             self.register_buffer(_STAND_IN + leaf, number.expand(columns, rows))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._leader: list[_Linear] = []
@@ -57,6 +57,12 @@ class _Linear(nn.Module):
         for leaf in self.leaves:
             x = x @ self.get_buffer(_STAND_IN + leaf)
         return x if self.bias is None else x + self.bias
+
+
+def _number(index: int, dtype: torch.dtype) -> Tensor:
+    """A number of its own for each index, whatever it is worth."""
+    bits = torch.int16 if dtype == torch.float16 else torch.int32
+    return torch.tensor(index, dtype=bits).view(dtype)
 
 
 class _Decoder(nn.Module):
@@ -86,15 +92,23 @@ class _Decoder(nn.Module):
 
 
 def traced_model(
-    config: Any, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32
+    config: Any,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype = torch.float32,
+    latent: bool = False,
 ) -> nn.Module:
     """The model with stand-ins for its linears and everything else from the checkpoint."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     kind = AutoModel if is_encoder(checkpoint.config) else AutoModelForCausalLM
+    if latent:
+        register()
+    attention = ATTENTION if latent else "eager"
+    # The experts' other implementations have kernels that torch.onnx does not know.
+    config._experts_implementation = "batched_mm"
     with _parameters_on_meta():
         model: nn.Module = kind.from_config(
-            config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
     model.eval()
     made: dict[str, _Linear] = {}
@@ -108,8 +122,44 @@ def traced_model(
             raise InputError(f"{checkpoint.path}: {name} is compressed but is no linear here")
         if spec.group != name:
             made[name]._leader.append(made[spec.group])
+    if latent:
+        for name in checkpoint.low_rank:
+            _make_latent(model, name, made[name], dtype, numbers)
     _load_rest(model, checkpoint, dtype)
     return model
+
+
+def _make_latent(
+    model: nn.Module, name: str, linear: _Linear, dtype: torch.dtype, numbers: Iterator[int]
+) -> None:
+    """Turn a v projection into its latent form where that makes the cache smaller.
+
+    The cache is cut into heads of the model's own width, which the rank must be a multiple of.
+    """
+    parent = model.get_submodule(name.rpartition(".")[0])
+    width = getattr(parent, "head_dim", None)
+    if not name.endswith(".v_proj") or width is None or not hasattr(parent, "o_proj"):
+        return
+    rank, outputs = linear.get_buffer(_STAND_IN + "lr_b").shape
+    if rank % width or rank >= outputs:
+        return
+    heads = range(outputs // width)
+    second = LatentValue(linear, tuple(f"{_STAND_IN}lr_b_{head}" for head in heads), linear.bias)
+    del linear._buffers[_STAND_IN + "lr_b"]
+    linear.leaves = tuple(leaf for leaf in linear.leaves if leaf != "lr_b")
+    linear.bias = None
+    for stand_in in second.stand_ins:
+        second.register_buffer(stand_in, _number(next(numbers), dtype).expand(rank, width))
+    model.set_submodule(name, second)
+
+
+def latent_layers(model: nn.Module) -> dict[int, int]:
+    """Layer -> rank, where the cache is latent."""
+    return {
+        int(module.layer_idx): int(second.get_buffer(second.stand_ins[0]).shape[0])  # type: ignore[arg-type]
+        for module in model.modules()
+        if isinstance(second := getattr(module, "v_proj", None), LatentValue)
+    }
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -137,10 +187,15 @@ def _stand_in(
 
 
 def _load_rest(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    loaded: nn.Module | None = None
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type != "meta":
             continue
-        value = checkpoint.tensor(name).to(dtype)
+        if checkpoint.has(name):
+            value = checkpoint.tensor(name).to(dtype)
+        else:  # transformers makes it of several tensors, as it stacks experts
+            loaded = loaded or _loaded(checkpoint)
+            value = loaded.get_parameter(name).detach().to(dtype)
         if value.shape != parameter.shape:
             raise InputError(
                 f"{checkpoint.path}: tensor {name} has shape {tuple(value.shape)}, "
@@ -148,6 +203,16 @@ def _load_rest(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> 
             )
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _loaded(checkpoint: Checkpoint) -> nn.Module:
+    """The whole model in memory."""
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=torch.float32, local_files_only=True
+    )
+    return model
 
 
 @contextmanager
@@ -173,8 +238,12 @@ def trace(model: nn.Module, heads: int, width: int, layers: int) -> ir.Model:
     Raises InputError where torch.onnx cannot.
     """
     dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
-    empty = torch.zeros(_TRACE_BATCH, heads, _TRACE_PAST, width, dtype=dtype)
-    past = [empty.clone() for _ in range(2 * layers)]
+    latent = latent_layers(model)
+    past = [
+        torch.zeros(_TRACE_BATCH, count, _TRACE_PAST, width, dtype=dtype)
+        for layer in range(layers)
+        for count in (heads, latent[layer] // width if layer in latent else heads)
+    ]
     tokens, total = _TRACE_TOKENS, _TRACE_TOKENS + _TRACE_PAST
     positions = torch.arange(_TRACE_PAST, total)[None].repeat(_TRACE_BATCH, 1)
     inputs = {
@@ -250,9 +319,10 @@ def _quiet() -> Iterator[None]:
 def stand_in_of(initializer: str) -> tuple[str, str] | None:
     """(linear, leaf) of a stand-in's initialiser, None for others.
 
-    The leaf is ``weight``, ``weight_t`` (stored as inputs x outputs), ``lr_a`` or ``lr_b``.
+    The leaf is ``weight``, ``weight_t`` (stored as inputs x outputs), ``lr_a`` or ``lr_b``; or
+    ``lr_b_N``, one head's rows of the latter.
     """
     owner, _, leaf = initializer.rpartition(".")
     if not leaf.startswith(_STAND_IN):
         return None
-    return owner.removeprefix(PREFIX), leaf.removeprefix(_STAND_IN)
+    return owner.removeprefix(PREFIX).removesuffix(".first"), leaf.removeprefix(_STAND_IN)

@@ -67,6 +67,23 @@ def more_text(
     return _spread(tokenize(tokenizer, text), samples, length, where)
 
 
+def encoder_texts(
+    calibration: Calibration, evaluate: Evaluate, tokenizer: Any
+) -> tuple[Tensor, Tensor]:
+    """As ``texts``, none of them the model's own; samples begin and end as an encoder's inputs."""
+    assert calibration.source != "self"
+    assert evaluate.text is not None
+    where, text = _given_text(calibration)
+    samples = _spread(tokenize(tokenizer, text), calibration.samples, calibration.length, where)
+    tokens = tokenize(tokenizer, read_text(evaluate.text))
+    windows = consecutive(tokens, evaluate.context, evaluate.windows, str(evaluate.text))
+    for part in (samples, windows):
+        for place, token in ((0, tokenizer.cls_token_id), (-1, tokenizer.sep_token_id)):
+            if token is not None:
+                part[:, place] = token
+    return samples, windows
+
+
 def _written(
     calibration: Calibration, evaluate: Evaluate, model: Any, progress: Progress
 ) -> Tensor | None:

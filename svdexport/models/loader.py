@@ -12,7 +12,7 @@ import torch
 from svdexport.errors import InputError, MissingExtraError
 from svdexport.models.blocks import Structure, discover
 from svdexport.recipe import Model
-from svdexport.runtimes.torch_rt import quiet_transformers
+from svdexport.runtimes.torch_rt import auto_class, quiet_transformers
 from svdexport.safety.gguf_header import check_gguf
 from svdexport.safety.model_folder import check_model_folder
 
@@ -130,15 +130,13 @@ def both_rope_forms(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_model(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The causal language model in float32, in evaluation mode; compressed checkpoints too.
+    """The language model or encoder in float32, in evaluation mode; compressed checkpoints too.
 
     Raises InputError where transformers refuses the folder.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_class(folder).from_pretrained(
                 str(folder),
                 dtype=torch.float32,
                 trust_remote_code=trust_remote_code,
@@ -170,7 +168,7 @@ def structure_of(folder: Path, trust_remote_code: bool = False) -> Structure:
 
     Raises InputError where the model cannot be built or run on shapes alone.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         with quiet_transformers():
@@ -180,9 +178,7 @@ def structure_of(folder: Path, trust_remote_code: bool = False) -> Structure:
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=trust_remote_code
-                )
+                model = auto_class(folder).from_config(config, trust_remote_code=trust_remote_code)
             return discover(model)
     except InputError:
         raise

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import InputError
 from svdexport.models.modules import linear_weight, replace_linears
-from svdexport.runtimes.torch_rt import quiet_transformers
+from svdexport.runtimes.torch_rt import auto_class, quiet_transformers
 from svdexport.safety import check_safetensors
 
 
@@ -178,7 +178,7 @@ class StreamedWeights(Weights):
 
 def _empty_model(folder: Path, trust_remote_code: bool) -> nn.Module:
     """The model with parameters on the meta device and buffers (rotary frequencies) as they are."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with quiet_transformers(), _parameters_on_meta():
         config = AutoConfig.from_pretrained(
@@ -186,7 +186,7 @@ def _empty_model(folder: Path, trust_remote_code: bool) -> nn.Module:
         )
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        model: nn.Module = AutoModelForCausalLM.from_config(
+        model: nn.Module = auto_class(folder).from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
         replace_linears(model, Checkpoint.open(folder).low_rank)

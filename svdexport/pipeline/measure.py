@@ -10,12 +10,14 @@ import numpy as np
 from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
+from svdexport.checkpoint import is_encoder
 from svdexport.core.measures import ArtifactSpeed, Quality, SpeedReport, SpeedSettings
 from svdexport.files import write_atomic
 from svdexport.pipeline.artifacts import Artifact
 from svdexport.pipeline.job import Job, ModelUnderWork, key
 from svdexport.recipe import CheckpointExport
 from svdexport.runtimes import open_runtime
+from svdexport.runtimes.encoder_rt import is_encoder_graph
 from svdexport.runtimes.torch_rt import TorchRuntime
 from svdexport.verify.generation import generate
 from svdexport.verify.quality import evaluate
@@ -36,6 +38,8 @@ def measure_quality(
     job: Job, model: ModelUnderWork, artifacts: list[Artifact]
 ) -> dict[str, Quality]:
     """Perplexity, divergence from the dense float32 model, and greedy text of each artifact."""
+    if is_encoder(model.checkpoint.config):
+        return {}  # no next token to be surprised by; parity has compared the hidden states
     windows = load_file(job.work / "tokens.safetensors")["evaluation"]
     record = job.work / "quality.json"
     stage_key = key([a.files for a in artifacts], [a.role for a in artifacts], windows.tolist())
@@ -85,12 +89,17 @@ def _speed(job: Job, twin: Artifact, artifact: Artifact) -> SpeedReport:
     """Never taken from an earlier run: a speed belongs to the moment it was measured in."""
     settings = job.recipe.speed
     context = max(*settings.prefill, settings.decode * 2) + 64
+    encoder = artifact.spec.format == "onnx" and is_encoder_graph(artifact.path)
     name = SPEED_RUNTIME[artifact.spec.format]
+    if name == "onnxruntime-genai" and not all(
+        (path / "genai_config.json").is_file() for path in (twin.path, artifact.path)
+    ):
+        name = "onnxruntime"  # an encoder, or a latent cache
     wanted = SpeedSettings(
         job.threads,
         settings.rounds,
         settings.prefill,
-        settings.decode,
+        0 if encoder else settings.decode,
         job.recipe.calibration.seed,
     )
     with job.reporter.stage(f"speed {artifact.path.name}"), contextlib.ExitStack() as stack:

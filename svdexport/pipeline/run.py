@@ -138,7 +138,7 @@ def _artifact_result(
         format=exported.format,
         type=exported.type,
         role=artifact.role,
-        runtime=SPEED_RUNTIME[exported.format],
+        runtime=speed[name].runtime if name in speed else SPEED_RUNTIME[exported.format],
         bytes=exported.bytes,
         quality=quality.get(name),
         speed=speed.get(name),

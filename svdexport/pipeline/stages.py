@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdexport.allocate import STRATEGIES
+from svdexport.checkpoint import is_encoder
+from svdexport.core.moments import NEED_GRADIENTS
 from svdexport.errors import RecipeError
 from svdexport.export.checkpoint import assembled, compressed_config, write_checkpoint
 from svdexport.files import write_atomic
-from svdexport.models.corpus import model_writes, texts
+from svdexport.models.corpus import encoder_texts, model_writes, texts
 from svdexport.models.loader import both_rope_forms
 from svdexport.pipeline import compress
 from svdexport.pipeline.byte_budget import allocate_bytes
@@ -32,6 +34,7 @@ from svdexport.pipeline.job import Job, ModelUnderWork, key, source_key
 from svdexport.pipeline.refine import run_refinement
 from svdexport.pipeline.sequential import fitted_dense, refactor_in_sequence
 from svdexport.pipeline.trials import measured
+from svdexport.recipe import Recipe
 from svdexport.report.result import PlanRow
 
 MEMORY = "memory.txt"  # whether the weights were streamed when the factors were made, and why
@@ -61,6 +64,8 @@ class Compressed:
 def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
     """Text, factors, ranks, the checkpoint, refinement; finished stages are not repeated."""
     recipe = job.recipe
+    if is_encoder(model.checkpoint.config):
+        check_encoder(recipe)
     origin = source_key(model.source)
     tokens_key = key(origin, recipe.calibration, recipe.evaluate, _stamp(recipe.calibration.file))
     tokens = job.work / "tokens.safetensors"
@@ -110,6 +115,25 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
     return Compressed(refined.checkpoint, rows, tokens, refined.key, refined.notes)
 
 
+def check_encoder(recipe: Recipe) -> None:
+    """Refuse, as RecipeError, what a model without a language-model head cannot do."""
+    what = recipe.compress
+    if statistics(recipe) & NEED_GRADIENTS:
+        raise RecipeError(
+            f"compress: method {what.method} with allocate {what.allocate} needs a language "
+            "model's loss, which an encoder does not have; use svd_llm"
+        )
+    if model_writes(recipe.calibration, recipe.evaluate):
+        raise RecipeError(
+            "calibration.source, evaluate.text: an encoder writes no text; give both as files"
+        )
+    if recipe.refine:
+        raise RecipeError("refine: refiners need a language model, which an encoder is not")
+    for entry in recipe.export:
+        if entry.format == "gguf":
+            raise RecipeError("export: an encoder is exported as onnx or checkpoint, not as gguf")
+
+
 def _stamp(path: Path | None) -> list[int]:
     if path is None or not path.exists():
         return []
@@ -118,6 +142,10 @@ def _stamp(path: Path | None) -> list[int]:
 
 def _write_tokens(job: Job, model: ModelUnderWork, path: Path) -> None:
     recipe = job.recipe
+    if is_encoder(model.checkpoint.config):
+        pair = encoder_texts(recipe.calibration, recipe.evaluate, model.tokenizer)
+        save_file({"calibration": pair[0], "evaluation": pair[1]}, path)
+        return
     written = model_writes(recipe.calibration, recipe.evaluate)
     if written and model.memory.streamed:
         raise RecipeError(

@@ -316,13 +316,17 @@ class OnnxExport(_Section):
     CPU gains no speed by it. ``block_size``: weights that share a scale; where it is left out 32,
     and 128 at 2 bits, where onnxruntime's kernel is fastest. ``operators``: ``standard`` writes
     ONNX's own operators alone (DequantizeLinear and MatMul), for runtimes that do not have
-    Microsoft's.
+    Microsoft's. ``mobile`` adds a folder with the model in ORT format and the list of operators
+    that a small build of onnxruntime for a phone needs. ``kv_cache: latent`` caches A x instead
+    of B A x where v is a pair of small rank and applies B after attention; plain onnxruntime only.
     """
 
     format: Literal["onnx"] = "onnx"
     precision: Literal["fp32", "fp16", "int8", "int4", "int2"] = "int4"
     block_size: Literal[16, 32, 64, 128, 256] = 32
     operators: Literal["contrib", "standard"] = "contrib"
+    mobile: bool = False
+    kv_cache: Literal["full", "latent"] = "full"
 
     @model_validator(mode="before")
     @classmethod
@@ -336,7 +340,9 @@ class OnnxExport(_Section):
         """Precision and what differs from the defaults, for file names: ``int4-standard``."""
         default = _DEFAULT_BLOCK.get(self.precision, 32)
         block = "" if self.block_size == default else f"-b{self.block_size}"
-        return f"{self.precision}{block}{'' if self.operators == 'contrib' else '-standard'}"
+        standard = "" if self.operators == "contrib" else "-standard"
+        latent = "" if self.kv_cache == "full" else "-latent"
+        return f"{self.precision}{block}{standard}{latent}{'-mobile' if self.mobile else ''}"
 
 
 class CheckpointExport(_Section):

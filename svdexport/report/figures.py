@@ -67,7 +67,7 @@ def _row(artifact: ArtifactResult) -> Row:
         prefill_tps=number(None if speed is None else speed.prefill_tps),
         prefill_speedup=times(prefill),
         prefill_interval=interval(prefill),
-        decode_tps=number(None if speed is None else speed.decode_tps),
+        decode_tps=number(speed.decode_tps if speed and speed.decode_tps else None),
         decode_speedup=times(decode),
         decode_interval=interval(decode),
     )

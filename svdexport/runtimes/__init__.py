@@ -40,6 +40,12 @@ def open_runtime(path: Path, *, threads: int, context: int, runtime: str | None 
             from svdexport.runtimes.llama_cpp_rt import LlamaCppRuntime
 
             return LlamaCppRuntime(path, threads=threads, context=context)
+        from svdexport.runtimes.encoder_rt import is_encoder_graph
+
+        if form == "onnx" and path.is_dir() and is_encoder_graph(path):
+            from svdexport.runtimes.encoder_rt import EncoderRuntime
+
+            return EncoderRuntime(path, threads=threads)
         if name == "onnxruntime":
             from svdexport.runtimes.ort_rt import OrtRuntime
 

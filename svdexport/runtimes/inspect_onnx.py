@@ -39,7 +39,7 @@ def inspect(path: Path) -> dict[str, Any]:
     entries = _entries(graph)
     linears = [entry for entry in entries if entry["layer"] is not None]
     forms = Counter(entry["form"] for entry in entries)
-    return {
+    found = {
         "format": "onnx",
         "path": str(path),
         "architecture": _architecture(file.parent, path),
@@ -53,13 +53,53 @@ def inspect(path: Path) -> dict[str, Any]:
         "totals": {
             "bytes": size_bytes(path),
             "graph_bytes": file.stat().st_size,
+            "weight_bytes": sum(graph.nbytes(name) for name in graph.initializers),
             "parameters": sum(math.prod(e["shape"]) for e in entries if e["form"] == "dense")
             + sum(e.pop("_params") for e in entries if e["form"] != "dense"),
             "tensors": len(graph.initializers),
+            "cache_bytes_per_token": _cache_bytes(graph),
             "dense": forms["dense"],
             "pairs": sum(forms.values()) - forms["dense"],
         },
     }
+    mobile = file.parent / "mobile"
+    if (mobile / "model.ort").is_file():
+        found["mobile"] = _mobile(mobile)
+    return found
+
+
+def _mobile(folder: Path) -> dict[str, Any]:
+    """Size of the ORT-format model, and the operators that a reduced build must hold."""
+    operators: dict[str, list[str]] = {}
+    for line in (folder / "required_operators.config").read_text(encoding="utf-8").splitlines():
+        if not line.startswith(("#", "!")) and line.count(";") >= 2:
+            domain, opset, names = line.split(";", 2)
+            operators[f"{domain} {opset}"] = _without_types(names).split(",")
+    return {"bytes": (folder / "model.ort").stat().st_size, "operators": operators}
+
+
+def _cache_bytes(graph: OnnxGraph) -> int | None:
+    """Bytes of keys and values that a token leaves in the cache; None where a size is open."""
+    total = 0
+    for value in graph.model.graph.input:
+        if value.name.startswith("past_key_values."):
+            kind = value.type.tensor_type
+            dims = [dim.dim_value for dim in kind.shape.dim]
+            if len(dims) != 4 or not dims[1] or not dims[3]:
+                return None
+            total += dims[1] * dims[3] * (2 if kind.elem_type == 10 else 4)
+    return total
+
+
+def _without_types(text: str) -> str:
+    """A line of operators without the JSON after each name, which says what types it needs."""
+    kept, depth = [], 0
+    for character in text:
+        depth += character == "{"
+        if not depth:
+            kept.append(character)
+        depth -= character == "}"
+    return "".join(kept)
 
 
 def _entries(graph: OnnxGraph) -> list[dict[str, Any]]:

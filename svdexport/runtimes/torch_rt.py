@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from svdexport.checkpoint import is_encoder
 from svdexport.errors import InputError
 
 
@@ -31,7 +33,10 @@ class TorchRuntime:
     @torch.no_grad()
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64))[None]
-        result: np.ndarray = self.model(input_ids=ids, use_cache=False).logits[0].float().numpy()
+        found = self.model(input_ids=ids, use_cache=False)
+        # an encoder has no logits: parity compares its hidden states
+        values = found.logits if hasattr(found, "logits") else found.last_hidden_state
+        result: np.ndarray = values[0].float().numpy()
         return result
 
     @torch.no_grad()
@@ -100,12 +105,21 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _load(path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+def auto_class(folder: Path) -> Any:
+    """transformers' class that loads a folder: AutoModel for an encoder."""
+    from transformers import AutoModel, AutoModelForCausalLM
 
     try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return AutoModelForCausalLM  # which says what is wrong with the folder
+    return AutoModel if is_encoder(config) else AutoModelForCausalLM
+
+
+def _load(path: Path) -> Any:
+    try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_class(path).from_pretrained(
                 str(path), dtype=torch.float32, local_files_only=True, use_safetensors=True
             )
     except (ValueError, KeyError, OSError, RuntimeError) as error:

@@ -107,11 +107,11 @@ def _check(runtimes: Sequence[Runtime], settings: SpeedSettings) -> None:
     if (
         settings.threads < 1
         or settings.rounds < 1
-        or settings.decode < 1
+        or settings.decode < 0
         or not settings.prefill
         or min(settings.prefill) < 1
     ):
-        raise RecipeError("speed: threads, rounds, prefill lengths and decode must be 1 or more")
+        raise RecipeError("speed: threads, rounds and prefill lengths must be 1 or more, decode 0")
     for runtime in runtimes:
         if runtime.threads != settings.threads:
             raise RecipeError(
@@ -129,6 +129,8 @@ def _metrics(runtimes: Sequence[Runtime], settings: SpeedSettings) -> list[_Metr
         metrics.append(_Metric(f"prefill_{length}", length, lambda r, t=tokens: r.prefill(t)))  # type: ignore[misc]
     prompt = rng.integers(0, vocab, DECODE_PROMPT, dtype=np.int64)
     count = settings.decode
+    if not count:
+        return metrics  # an encoder
     metrics.append(_Metric(f"decode_{count}", count, lambda r: r.decode(prompt, count)))
     return metrics
 
@@ -214,7 +216,7 @@ def _artifact(index: int, runtimes: Sequence[Runtime], timings: list[Timing]) ->
     runtime = runtimes[index]
     prefills = [t for t in timings if t.metric.startswith("prefill")]
     prefill = max(prefills, key=lambda t: t.tokens)
-    decode = timings[-1]
+    decode = next((t for t in timings if t.metric.startswith("decode")), None)
     words: list[SpeedWord] = [t.verdict for t in timings if t.verdict is not None]
     return ArtifactSpeed(
         path=str(runtime.path),
@@ -222,9 +224,9 @@ def _artifact(index: int, runtimes: Sequence[Runtime], timings: list[Timing]) ->
         bytes=size_bytes(runtime.path),
         baseline=None if index == 0 else str(runtimes[0].path),
         prefill_tps=prefill.tps,
-        decode_tps=decode.tps,
+        decode_tps=0.0 if decode is None else decode.tps,
         prefill_speedup=prefill.speedup,
-        decode_speedup=decode.speedup,
+        decode_speedup=None if decode is None else decode.speedup,
         verdict=worst(words) if index > 0 else None,
         timings=tuple(timings),
     )

@@ -144,17 +144,17 @@ def test_genai_continues_as_torch_does(groups: list[list[str]], tmp_path: Path) 
     assert relative(runtime.logits(TOKENS), torch_logits(model, TOKENS)) < 1e-4
     prompt = TOKENS[:10].tolist()
     meant = list(prompt)
-    for _ in range(12):
+    for _ in range(64):
         meant.append(int(torch_logits(model, np.array(meant))[-1].argmax()))
         if meant[-1] == 2:
             meant.pop()
             break
-    assert runtime.generate(prompt, 12) == meant[10:]
+    assert runtime.generate(prompt, 64) == meant[10:]
     assert runtime.prefill(TOKENS) > 0
     assert runtime.decode(TOKENS[:8], 4) > 0
     runtime.close()
     plain = OrtRuntime(out, threads=1)
-    assert plain.generate(prompt, 12) == meant[10:]
+    assert plain.generate(prompt, 64) == meant[10:]
     text = plain.detokenize(plain.tokenize("café ok"))
     assert text == "café ok"
     plain.close()

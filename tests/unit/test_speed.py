@@ -182,7 +182,7 @@ def test_when_rounds_end(pattern: str, seconds: float, enough: bool) -> None:
         {"threads": 0},
         {"prefill": ()},
         {"prefill": (0,)},
-        {"decode": 0},
+        {"decode": -1},
         {"threads": 2},
     ],
 )

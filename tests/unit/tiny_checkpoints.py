@@ -43,10 +43,25 @@ GENERAL: dict[str, dict[str, Any]] = {
     "phi3": {"model_type": "phi3", "num_key_value_heads": 2},
     "opt": {"model_type": "opt", "ffn_dim": INNER, "word_embed_proj_dim": HIDDEN},
     "gpt2": {"model_type": "gpt2", "n_positions": 128},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
 }
 """Families that the onnxruntime-genai builder does not do exactly."""
 
-BLOCKS = {"opt": "model.decoder.layers", "gpt2": "transformer.h"}
+BLOCKS = {"opt": "model.decoder.layers", "gpt2": "transformer.h", "bert": "encoder.layer"}
 """Where the blocks stand, if not in ``model.layers``."""
 
 

@@ -5,7 +5,7 @@ keep a share of the linears' parameters, exports both with svdexport (the dense 
 fused, the best the onnxruntime-genai builder offers) and times prefill and decode in turn.
 Efficiency = speedup / (bytes of the dense linears / bytes of the pairs), the LM head in both.
 
-    python tools/benchmarks/onnx_pairs.py --precisions fp32,int8,int4 --threads 2 --rounds 9
+    python tools/benchmarks/onnx_pairs.py --precisions fp32,int8,int4,int2 --threads 2 --rounds 9
 
 Needs idle cores: rounds in which others took a core are marked; too many leave no verdict.
 """
@@ -137,8 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, default="six-layers")
     parser.add_argument("--kept", type=float, default=0.5)
-    parser.add_argument("--precisions", default="fp32,int8,int4")
-    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--precisions", default="fp32,int8,int4,int2")
+    parser.add_argument("--block-size", type=int, help="default: 32, and 128 for int2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--runtime", choices=("genai", "plain"), default="genai")
@@ -162,7 +162,8 @@ def main() -> None:
 def _one(
     args: argparse.Namespace, precision: str, folders: dict[str, Checkpoint], work: Path
 ) -> dict[str, Any]:
-    spec = OnnxExport.model_validate({"precision": precision, "block_size": args.block_size})
+    block = {} if args.block_size is None else {"block_size": args.block_size}
+    spec = OnnxExport.model_validate({"precision": precision, **block})
     source = folders["dense"].path
     runtimes: list[Runtime] = []
     sizes = []

@@ -1,0 +1,209 @@
+"""Encoders: structure, calibration, and export with pooled output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from svdexport import api
+from svdexport.checkpoint import is_encoder
+from svdexport.errors import InputError, RecipeError
+from svdexport.export.onnx import LAST_FILE, MODEL_FILE, check_round_trip
+from svdexport.export.onnx_encoder import pooling_of
+from svdexport.models.calibrate import calibrate
+from svdexport.models.corpus import encoder_texts
+from svdexport.models.loader import load_model, load_tokenizer, structure_of
+from svdexport.pipeline.stages import check_encoder
+from svdexport.recipe import Recipe
+from svdexport.runtimes import open_runtime
+from svdexport.runtimes.encoder_rt import EncoderRuntime
+from svdexport.runtimes.torch_rt import TorchRuntime
+from tests.unit.test_export_onnx import dequantised, relative, run_export, set_accuracy_level
+from tests.unit.tiny_checkpoints import compress, save_tokenizer
+
+GROUPS = [
+    ["attention.self.query", "attention.self.key", "attention.self.value"],
+    ["intermediate.dense"],
+]
+
+
+def make_encoder(folder: Path) -> Any:
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(
+        "bert",
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    model = AutoModel.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return model
+
+
+def test_structure_and_calibration(tmp_path: Path) -> None:
+    make_encoder(tmp_path)
+    assert is_encoder(json.loads((tmp_path / "config.json").read_text()))
+    structure = structure_of(tmp_path)
+    assert len(structure.blocks) == 2
+    names = [[m.name.split(".", 3)[3] for m in g.members] for g in structure.of_block(0)]
+    assert GROUPS[0] in names
+    model = load_model(tmp_path)
+    tokens = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(0))
+    found = list(
+        calibrate(model, structure, tokens, batch=3, statistics={"inputs"}, scratch=tmp_path)
+    )
+    # The slow way: the last block's first input is what its layer before gave.
+    hidden = model(input_ids=tokens, output_hidden_states=True).hidden_states[1].double()
+    flat = hidden.flatten(0, 1)
+    leader = structure.of_block(1)[0].leader
+    moment = found[1].inputs[leader].matrix
+    assert torch.allclose(moment, flat.T @ flat, rtol=1e-4, atol=1e-4 * float(moment.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_embeddings_are_those_of_the_formula(precision: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "onnx"
+    model = make_encoder(source)
+    checkpoint = compress(source, tmp_path / "low", GROUPS)
+    exported = run_export(source, checkpoint, out, precision)
+    assert check_round_trip(out, exported.tensors) == []
+    assert not (out / LAST_FILE).exists()
+    dequantised(model, out, checkpoint, source)
+    if precision == "int8":
+        set_accuracy_level(out, 0)
+        graph = onnx.load(str(out / MODEL_FILE), load_external_data=False).graph
+        assert "GatherBlockQuantized" in {node.op_type for node in graph.node}
+    tokens = np.random.default_rng(0).integers(3, 300, (4, 11))
+    mask = np.stack([np.arange(11) < n for n in (11, 7, 3, 9)]).astype(np.int64)
+    with torch.no_grad():
+        hidden = (
+            model(input_ids=torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask))
+            .last_hidden_state.double()
+            .numpy()
+        )
+    pooled = np.stack([hidden[i, : mask[i].sum()].mean(axis=0) for i in range(4)])
+    pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
+    runtime = open_runtime(out, threads=1, context=64)
+    assert isinstance(runtime, EncoderRuntime)
+    found = runtime.embed(tokens, mask)
+    assert np.abs(found - pooled).max() < 1e-5
+    reference = TorchRuntime(source, 1, model)
+    assert relative(runtime.logits(tokens[0]), reference.logits(tokens[0])) < 1e-4
+    assert runtime.prefill(tokens[0]) > 0
+    with pytest.raises(InputError, match="generates no text"):
+        runtime.generate([1], 2)
+    runtime.close()
+
+
+def test_a_checkpoint_loads_as_the_encoder_it_is(tmp_path: Path) -> None:
+    make_encoder(tmp_path / "source")
+    checkpoint = compress(tmp_path / "source", tmp_path / "low", GROUPS)
+    model = load_model(checkpoint.path)
+    assert type(model).__name__ == "BertModel"
+    first = model.get_submodule("encoder.layer.0.intermediate.dense")
+    assert first.rank == 32
+
+
+def test_other_poolings_are_refused(tmp_path: Path) -> None:
+    assert pooling_of(tmp_path) == "mean"
+    (tmp_path / "1_Pooling").mkdir()
+    file = tmp_path / "1_Pooling" / "config.json"
+    file.write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}')
+    assert pooling_of(tmp_path) == "cls"
+    file.write_text('{"pooling_mode_max_tokens": true, "pooling_mode_mean_tokens": false}')
+    with pytest.raises(InputError, match="pooling_mode_max_tokens: only mean or cls"):
+        pooling_of(tmp_path)
+
+
+def _recipe(**changes: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "schema": 1,
+            "model": {"path": "m"},
+            "compress": {"method": "svd_llm", "budget": {"param_ratio": 0.8}},
+            "export": [{"format": "onnx"}],
+            **changes,
+        },
+        strict=False,
+    )
+
+
+def test_what_an_encoder_cannot_do_is_refused(tmp_path: Path) -> None:
+    texts = {
+        "calibration": {"source": "file", "file": "a.txt"},
+        "evaluate": {"text": "b.txt"},
+    }
+    check_encoder(_recipe(**texts))
+    loss = {"method": "kfac_svd", "budget": {"param_ratio": 0.8}}
+    with pytest.raises(RecipeError, match=r"kfac_svd with .* needs a language model's loss"):
+        check_encoder(_recipe(compress=loss, **texts))
+    with pytest.raises(RecipeError, match="not as gguf"):
+        check_encoder(_recipe(export=[{"format": "gguf"}], **texts))
+    with pytest.raises(RecipeError, match="an encoder writes no text"):
+        check_encoder(_recipe(calibration=texts["calibration"]))
+
+
+def test_samples_begin_and_end_as_inputs_do(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words and more words " * 20)
+    recipe = _recipe(
+        calibration={
+            "source": "file",
+            "file": str(tmp_path / "a.txt"),
+            "samples": 3,
+            "length": 16,
+        },
+        evaluate={"text": str(tmp_path / "a.txt"), "context": 16, "windows": 2},
+    )
+    save_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.cls_token, tokenizer.sep_token = "<s>", "</s>"
+    calibration, evaluation = encoder_texts(recipe.calibration, recipe.evaluate, tokenizer)
+    assert calibration.shape == (3, 16)
+    assert evaluation.shape == (2, 16)
+    for part in (calibration, evaluation):
+        assert set(part[:, 0].tolist()) == {1}
+        assert set(part[:, -1].tolist()) == {2}
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_to_its_verdict(tmp_path: Path) -> None:
+    make_encoder(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("An encoder reads a text and says where its meaning lies. " * 40)
+    recipe = Path(__file__).parents[2] / "recipes" / "encoder-onnx.yaml"
+    overrides = [
+        f"model.path={tmp_path / 'model'}",
+        f"calibration.file={text}",
+        f"evaluate.text={text}",
+        "calibration.samples=8",
+        "calibration.length=32",
+        "evaluate.context=32",
+        "evaluate.windows=2",
+        "speed.rounds=1",
+        "speed.prefill=[16]",
+        "speed.threads=1",
+    ]
+    outcome = api.run(recipe, tmp_path / "out", overrides)
+    assert outcome.result.verdict.reasons == ()
+    low = next(a for a in outcome.result.artifacts if a.role == "compressed")
+    assert low.runtime == "onnxruntime"
+    assert low.parity is not None
+    assert low.parity.passed
+    assert low.quality is None
+    assert low.speed is not None
+    assert [timing.metric for timing in low.speed.timings] == ["prefill_16"]
