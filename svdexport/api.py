@@ -17,20 +17,27 @@ from svdexport.pipeline.recheck import recheck
 from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import Recipe, load_recipe, recipe_hash
 from svdexport.rundir import RunDir, resource_errors
+from svdexport.safety import check_config, check_gguf
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from svdexport.pipeline.draft import Target
     from svdexport.pipeline.job import Job
+    from svdexport.pipeline.repeat import Repeat
     from svdexport.pipeline.run import Outcome
     from svdexport.report.comparison import Comparison
-    from svdexport.report.result import RunResult
+    from svdexport.report.result import PlanRow, RunResult
 
 __all__ = [
     "bench",
     "compare",
     "compress",
+    "compress_model",
     "evaluate",
     "export",
     "frontier",
+    "init",
     "inspect",
     "plan",
     "report",
@@ -42,12 +49,12 @@ __all__ = [
 @contextlib.contextmanager
 def _job(
     recipe_path: Path,
-    out: Path | None,
+    out: Path | str | None,
     overrides: Sequence[str],
     restart: bool,
     reporter: Reporter | None,
 ) -> Iterator[Job]:
-    place = out or Path("out") / recipe_path.stem
+    place = Path(out) if out else Path("out") / recipe_path.stem
     with joined() as ranks:
         if ranks is not None and ranks.rank:
             serve(ranks, recipe_path, overrides, place)
@@ -73,7 +80,7 @@ def protected(recipe: Recipe) -> list[Path]:
 
 def run(
     recipe: Path | str,
-    out: Path | None = None,
+    out: Path | str | None = None,
     overrides: Sequence[str] = (),
     *,
     restart: bool = False,
@@ -105,7 +112,7 @@ def run(
 
 def compress(
     recipe: Path | str,
-    out: Path | None = None,
+    out: Path | str | None = None,
     overrides: Sequence[str] = (),
     *,
     reporter: Reporter | None = None,
@@ -118,9 +125,42 @@ def compress(
         return run_compression(job, ModelUnderWork(job)).checkpoint
 
 
+def compress_model(
+    model: Any,
+    tokens: Tensor,
+    *,
+    param_ratio: float = 0.8,
+    method: str = "kfac_svd",
+    allocate: str = "greedy",
+    batch: int = 8,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> tuple[PlanRow, ...]:
+    """Replace the linears of a model in memory, in place, by low-rank pairs y = B (A x).
+
+    Args:
+        model: a causal language model of transformers, on the CPU in float32.
+        tokens: calibration text, token ids (windows, length).
+        param_ratio: kept share of the parameters of the factorised linears.
+        settings: further keys of a recipe's ``compress`` section (group, targets, ignore,
+            rank_multiple, damping).
+
+    Returns:
+        the plan: for each linear its rank, or why it stayed dense.
+
+    Raises:
+        RecipeError: a setting is wrong. InputError: the model's structure cannot be found.
+    """
+    from svdexport.pipeline.in_memory import compress_in_memory
+
+    budget = {"param_ratio": param_ratio}
+    every = {"method": method, "allocate": allocate, "budget": budget} | settings
+    return compress_in_memory(model, tokens, every, batch, reporter or Reporter(quiet=True))
+
+
 def export(
     recipe: Path | str,
-    out: Path | None = None,
+    out: Path | str | None = None,
     overrides: Sequence[str] = (),
     *,
     reporter: Reporter | None = None,
@@ -178,10 +218,60 @@ def plan(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return dry_run(checked)
 
 
-def verify(folder: Path) -> RunResult:
-    """Rehash a published folder's files and tensors. Raises ArtifactError naming what differs."""
+def init(model: Path | str, target: Target, out: Path | str | None = None) -> Path:
+    """Write a commented recipe for a model and a target (laptop, phone, browser, server).
 
-    return recheck(folder)
+    Args:
+        out: the file; default: ``<model's name>-<target>.yaml`` in the current folder.
+
+    Raises:
+        RecipeError: the file is there already. InputError: the model is broken.
+    """
+    place = Path(model)
+    if place.is_file():
+        check_gguf(place)
+    else:
+        check_config(place)
+    from svdexport.pipeline.draft import draft
+
+    return draft(place, target, Path(out or f"{place.resolve().stem}-{target}.yaml"))
+
+
+def verify(
+    folder: Path | str,
+    *,
+    parity: bool = True,
+    quality: bool = False,
+    speed: bool = False,
+    model: Path | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+) -> Repeat | None:
+    """Is a published folder still what its manifest says, and does it compute and perform so here?
+
+    Every file and every tensor is hashed, with independent readers; then the logits of each
+    runtime are compared again with torch's. ``quality`` and ``speed`` measure the gates' figures
+    anew on this machine.
+
+    Args:
+        parity: False for the hashes alone (None is returned).
+        model: the source model's folder or GGUF, for quality and speed; default: where the recipe
+            said, relative to the current folder.
+        threads: for all runtimes; default: as in the run.
+
+    Raises:
+        ArtifactError: files or tensors differ; the line names them.
+        InputError: there is no manifest. RecipeError: the source model is not there.
+    """
+    place = Path(folder)
+    result = recheck(place)
+    if not (parity or quality or speed):
+        return None
+    from svdexport.pipeline.repeat import Wish, repeat
+
+    wish = Wish(quality, speed, model, threads or result.threads or 1)
+    with resource_errors(str(place)):
+        return repeat(place, result, wish, reporter or Reporter(quiet=True))
 
 
 def report(folder: Path) -> RunResult:

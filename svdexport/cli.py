@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import os
 import shlex
@@ -11,9 +11,21 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
-from svdexport import __version__
+from svdexport import __version__, cli_info
+from svdexport.cli_options import (
+    JsonOpt,
+    OfflineOpt,
+    OutOpt,
+    QuietOpt,
+    RecipeArg,
+    RuntimeOpt,
+    SetOpt,
+    ThreadsOpt,
+    out_console,
+    print_json,
+    reporter_of,
+)
 from svdexport.errors import EXIT_BUG, RecipeError, SvdexportError
 from svdexport.safety.network import no_network
 
@@ -24,40 +36,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-out_console = Console(highlight=False)
-
-RecipeArg = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
-OutOpt = Annotated[
-    Optional[Path],  # noqa: UP045 (typer on Python 3.10)
-    typer.Option("--out", help="Output folder; default: out/ and the recipe's name."),
-]
-SetOpt = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--set", help="Override a recipe's key: key=value. May be repeated."),
-]
-JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
-QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-OfflineOpt = Annotated[
-    bool, typer.Option("--offline", help="Refuse every network connection, data sets' too.")
-]
-ThreadsOpt = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--threads", min=1, help="Threads; default: the cores this process may use."),
-]
-RuntimeOpt = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--runtime", help="llama.cpp, onnxruntime, onnxruntime-genai or torch."),
-]
-
-
-def _reporter(quiet: bool) -> Any:
-    from svdexport.pipeline.reporter import Reporter
-
-    return Reporter(quiet)
-
-
-def _print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n")
 
 
 @app.command()
@@ -84,11 +62,11 @@ def run(
         no_network(force=True)
     command = shlex.join(["svdexport", *sys.argv[1:]])
     outcome = api.run(
-        recipe, out, set_ or [], restart=restart, reporter=_reporter(quiet), command=command
+        recipe, out, set_ or [], restart=restart, reporter=reporter_of(quiet), command=command
     )
     if as_json:
         place = str(outcome.out) if outcome.out else None
-        _print_json({"out": place} | to_dict(outcome.result))
+        print_json({"out": place} | to_dict(outcome.result))
     else:
         out_console.print(summary(outcome.result))
         if outcome.out:
@@ -123,7 +101,7 @@ def frontier(
         raise RecipeError(f"--budget: {error}") from None
     mixes = plain or ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"]
     folder = api.frontier(
-        recipe, sizes, out, set_ or [], plain=mixes, speed=not no_speed, reporter=_reporter(quiet)
+        recipe, sizes, out, set_ or [], plain=mixes, speed=not no_speed, reporter=reporter_of(quiet)
     )
     out_console.print((folder / "frontier.md").read_text(encoding="utf-8"))
     out_console.print(f"written: {folder}", soft_wrap=True)
@@ -140,9 +118,34 @@ def plan(recipe: RecipeArg, set_: SetOpt = None, as_json: JsonOpt = False) -> No
 
     found = api.plan(recipe, set_ or [])
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         out_console.print(plan_table(found))
+
+
+@app.command()
+def init(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face folder or a GGUF file.")],
+    target: Annotated[
+        str, typer.Option("--for", help="laptop, phone, browser or server.")
+    ] = "laptop",
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", help="The recipe; default: the model's name and the target."),
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write a commented recipe that fits a model and a target. Reads headers only.
+
+    Example: svdexport init ./SmolLM2-135M-Instruct --for phone
+    """
+    from svdexport import api
+
+    written = api.init(model, target, out)  # type: ignore[arg-type]
+    if as_json:
+        print_json({"recipe": str(written)})
+    else:
+        out_console.print(f"{written}: look at it, then `svdexport plan {written}`", soft_wrap=True)
 
 
 @app.command()
@@ -162,9 +165,9 @@ def compress(
 
     if offline:
         no_network(force=True)
-    checkpoint = api.compress(recipe, out, set_ or [], reporter=_reporter(quiet))
+    checkpoint = api.compress(recipe, out, set_ or [], reporter=reporter_of(quiet))
     if as_json:
-        _print_json({"checkpoint": str(checkpoint)})
+        print_json({"checkpoint": str(checkpoint)})
     else:
         out_console.print(str(checkpoint), soft_wrap=True)
 
@@ -186,9 +189,9 @@ def export(
 
     if offline:
         no_network(force=True)
-    paths = [str(p) for p in api.export(recipe, out, set_ or [], reporter=_reporter(quiet))]
+    paths = [str(p) for p in api.export(recipe, out, set_ or [], reporter=reporter_of(quiet))]
     if as_json:
-        _print_json({"artifacts": paths})
+        print_json({"artifacts": paths})
     else:
         out_console.print("\n".join(paths), soft_wrap=True)
 
@@ -196,20 +199,48 @@ def export(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder that `svdexport run` published.")],
+    quality: Annotated[
+        bool, typer.Option("--quality", help="Measure perplexity and divergence again.")
+    ] = False,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time against the dense twin again, here.")
+    ] = False,
+    hashes_only: Annotated[
+        bool, typer.Option("--hashes-only", help="Files and tensors alone; nothing is run.")
+    ] = False,
+    model: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--model", help="The source model, for --quality and --speed."),
+    ] = None,
+    threads: ThreadsOpt = None,
     as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
 ) -> None:
-    """Rehash a published folder's files and tensors with independent readers; exit 3 on a change.
+    """Check a published folder: hashes of files and tensors, then parity in each runtime.
 
-    Example: svdexport verify out/quickstart
+    Exit 3 names the file and the tensor that changed; 4, 5 and 7 are those of `run`.
+    Example: svdexport verify out/quickstart --speed --model models/SmolLM2-135M-Instruct
     """
     from svdexport import api
+    from svdexport.report.terminal import verify_table
 
-    result = api.verify(folder)
-    count = sum(len(a.files) for a in result.artifacts if a.kept)
+    found = api.verify(
+        folder,
+        parity=not hashes_only,
+        quality=quality,
+        speed=speed,
+        model=model,
+        threads=threads,
+        reporter=reporter_of(quiet),
+    )
+    shown: dict[str, Any] = {"folder": str(folder), "ok": True}
+    if found is not None:
+        shown |= dataclasses.asdict(found) | {"ok": found.verdict.word == "pass"}
     if as_json:
-        _print_json({"folder": str(folder), "files": count, "ok": True})
+        print_json(shown)
     else:
-        out_console.print(f"{folder}: {count} files are what the manifest says")
+        out_console.print(verify_table(shown))
+    raise typer.Exit(0 if found is None else found.verdict.exit_code)
 
 
 @app.command()
@@ -225,7 +256,7 @@ def report(
 
     result = api.report(folder)
     if as_json:
-        _print_json({"folder": str(folder), "verdict": result.verdict.word})
+        print_json({"folder": str(folder), "verdict": result.verdict.word})
     else:
         out_console.print(f"{folder}: README.md, report.html and summary.md written")
 
@@ -263,10 +294,10 @@ def eval_(
         windows=windows,
         runtime=runtime,
         threads=threads,
-        reporter=_reporter(quiet),
+        reporter=reporter_of(quiet),
     )
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         out_console.print(eval_table(found))
 
@@ -306,10 +337,10 @@ def bench(
         decode=decode,
         runtime=runtime,
         threads=threads,
-        reporter=_reporter(quiet),
+        reporter=reporter_of(quiet),
     )
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         out_console.print(bench_table(found))
     codes = {"ok": EXIT_OK, "slower": EXIT_SPEED, "inconclusive": EXIT_NOISY}
@@ -347,10 +378,10 @@ def compare(
         set_ or [],
         ratios=ratio or (0.8, 0.6, 0.4),
         labels=method or (),
-        reporter=_reporter(quiet),
+        reporter=reporter_of(quiet),
     )
     if as_json:
-        _print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(found))
     else:
         out_console.print(table(found), soft_wrap=True)
 
@@ -369,60 +400,12 @@ def inspect(
 
     found = api.inspect(artifact)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         out_console.print(inspect_table(found))
 
 
-@app.command()
-def methods(as_json: JsonOpt = False) -> None:
-    """The factorisation methods and the refiners, what each needs, and where it comes from.
-
-    Example: svdexport methods --json
-    """
-    from svdexport.factorize import METHODS
-    from svdexport.refine import REFINERS
-    from svdexport.report.terminal import methods_table
-
-    rows = [
-        {"name": m.name, "title": m.title, "needs": ", ".join(sorted(m.needs)), "source": m.source}
-        for m in METHODS.values()
-    ]
-    refiners = [
-        {"name": f"refine: {r.name}", "title": r.title, "needs": "pairs", "source": r.source}
-        for r in REFINERS.values()
-    ]
-    if as_json:
-        _print_json({"methods": rows, "refiners": refiners})
-    else:
-        out_console.print(methods_table([*rows, *refiners]))
-
-
-@app.command()
-def doctor(as_json: JsonOpt = False) -> None:
-    """Which runtimes and parts are installed, whether llama.cpp knows pairs, and how to get more.
-
-    Example: svdexport doctor
-    """
-    from svdexport.pipeline.doctor import examine
-    from svdexport.report.terminal import doctor_table
-
-    found = examine()
-    if as_json:
-        _print_json(found)
-    else:
-        out_console.print(doctor_table(found))
-
-
-@app.command()
-def schema() -> None:
-    """The JSON schema of recipes, for editors.
-
-    Example: svdexport schema > recipe.schema.json
-    """
-    from svdexport.recipe import json_schema
-
-    _print_json(json_schema())
+cli_info.register(app)
 
 
 @app.callback(invoke_without_command=True)

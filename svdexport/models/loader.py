@@ -168,6 +168,20 @@ def structure_of(folder: Path, trust_remote_code: bool = False) -> Structure:
 
     Raises InputError where the model cannot be built or run on shapes alone.
     """
+    try:
+        return discover(skeleton(folder, trust_remote_code))
+    except InputError:
+        raise
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder}: this model's structure cannot be found ({reason})") from None
+
+
+def skeleton(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The model on the meta device, without weights, tied as its configuration says.
+
+    Raises InputError where transformers cannot build it.
+    """
     from transformers import AutoConfig
 
     try:
@@ -179,9 +193,8 @@ def structure_of(folder: Path, trust_remote_code: bool = False) -> Structure:
                 del config.quantization_config
             with torch.device("meta"):
                 model = auto_class(folder).from_config(config, trust_remote_code=trust_remote_code)
-            return discover(model)
-    except InputError:
-        raise
+            model.tie_weights()
+            return model
     except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{folder}: this model's structure cannot be found ({reason})") from None

@@ -26,6 +26,7 @@ from svdexport.recipe import CheckpointExport, Export, GgufExport
 from svdexport.runtimes import Runtime, open_runtime
 from svdexport.runtimes.gguf_file import adapter_of
 from svdexport.runtimes.torch_rt import TorchRuntime
+from svdexport.verify import evidence
 from svdexport.verify.parity import (
     INT8_ACTIVATIONS,
     compare,
@@ -35,7 +36,7 @@ from svdexport.verify.parity import (
 
 PARITY_TOKENS = 128
 
-Role = Literal["compressed", "dense"]
+Role = Literal["compressed", "dense", "plain"]
 _EXPORTED = TypeAdapter(Exported)
 _PARITY = TypeAdapter(Parity | None)
 
@@ -127,7 +128,7 @@ def _checked(
     exported: Exported,
 ) -> Artifact:
     """Round trip and parity; a result is kept, since it depends on the file's bytes alone."""
-    files = _hashes(exported.path)
+    files = file_hashes(exported.path)
     name = f"{exported.path.parent.name}-{exported.path.name}"
     record = job.work / "checks" / f"{name}.json"
     problems = tuple(exporter(spec.format).check_round_trip(exported.path, exported.tensors))
@@ -136,12 +137,13 @@ def _checked(
         found = None if problems else _parity(job, model, spec, opened, exported)
         write_atomic(record, _PARITY.dump_json(found))
 
-    job.stage(f"check {role} {exported.path.name}", key(files), [record], make)
+    written = [record] if problems else [record, evidence_file(job, exported.path)]
+    job.stage(f"check {role} {exported.path.name}", key(files), written, make)
     parity = _PARITY.validate_json(record.read_bytes())
     return Artifact(spec, role, exported, files, problems, parity)
 
 
-def _hashes(path: Path) -> dict[str, str]:
+def file_hashes(path: Path) -> dict[str, str]:
     """sha256 of each file of an artifact, by path relative to its parent."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     if path.suffix == ".gguf" and (adapter := adapter_of(path)) is not None:
@@ -168,6 +170,7 @@ def _parity(
         if limits is INT8_ACTIVATIONS:  # how much the runtime's 8-bit activations may change
             with rounded_activations(reference):
                 rounded = torch_runtime.logits(tokens)
+    evidence.write(evidence.of(tokens, expected, rounded), evidence_file(job, exported.path))
     runtime = parity_runtime(exported.path, job.threads)
     try:
         return compare(expected, runtime.logits(tokens), limits, rounded)
@@ -193,6 +196,11 @@ def _reference(
     with StreamedWeights(folder, (), trusted, scratch).on_call() as streamed:
         yield streamed
     scratch.unlink()
+
+
+def evidence_file(job: Job, path: Path) -> Path:
+    """What a parity check leaves for later repeats; a compressed artifact's is published."""
+    return job.work / "checks" / f"{path.parent.name}-{path.name}.safetensors"
 
 
 def parity_tokens(job: Job, model: Any) -> np.ndarray:

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from svdexport.allocate import uniform
-from svdexport.core.moments import NEED_GRADIENTS
-from svdexport.models.blocks import InputGroup, Structure
-from svdexport.models.loader import open_source, structure_of
+from svdexport.models.loader import Source, open_source
+from svdexport.models.shapes import Shapes, shapes_of
+from svdexport.pipeline import estimate
+from svdexport.pipeline.artifacts import artifact_name
 from svdexport.pipeline.compress import candidate
-from svdexport.pipeline.factors import chosen_groups, statistics
+from svdexport.pipeline.factors import chosen_groups
+from svdexport.pipeline.sizes import weight_bytes
 from svdexport.recipe import Recipe
-
-BYTES_F32, BYTES_F64 = 4, 8
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
-    """Rows per linear, parameters, and memory. Reads the model's headers, not its weights.
+    """Ranks, parameters, bytes, memory and time. Reads the configuration, not the weights.
 
     Every strategy but ``uniform`` needs factors to choose ranks; until then the same budget is
     shown as uniform ranks, and ``ranks`` says so.
     """
     with tempfile.TemporaryDirectory(prefix="svdexport-") as scratch:
-        source = open_source(recipe.model, Path(scratch))
-        structure = structure_of(source.folder, source.trust_remote_code)
-    groups = chosen_groups(recipe, structure)
+        source = _source(recipe, Path(scratch))
+        shapes = shapes_of(source.folder, source.trust_remote_code)
+        dtype = _dtype(source.folder)
+    groups = chosen_groups(recipe, shapes.structure)
     compress = recipe.compress
     chosen = uniform.allocate(
         [candidate(group) for group in groups], compress.kept, compress.rank_multiple
@@ -55,31 +57,37 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         if compress.allocate == "uniform"
         else f"uniform preview of {compress.allocate}",
         "groups": rows,
+        "params_model": shapes.count,
         "params_dense": dense,
         "params": params,
         "kept": params / dense,
-        "memory_bytes": _memory(recipe, structure, groups),
+        "exports": _exports(recipe, shapes, groups, chosen, dtype),
+        "memory_bytes": estimate.memory_bytes(recipe, shapes, groups),
+        "seconds": estimate.seconds(recipe, shapes, groups),
     }
 
 
-def _memory(recipe: Recipe, structure: Structure, groups: list[InputGroup]) -> dict[str, int]:
-    """Estimated peak: weights in float32, the moments of one block, and the activations on disk."""
-    needs = statistics(recipe)
-    gradients = bool(NEED_GRADIENTS & needs)
-    weights = sum(linear.params for linear in structure.linears()) * BYTES_F32
-    moments = 0
-    for group in structure.of_block(0):
-        if needs:
-            moments += group.members[0].in_features ** 2 * BYTES_F64
-        if "gradients" in needs:
-            moments += sum(member.out_features**2 for member in group.members) * BYTES_F64
-        if "fisher" in needs:
-            moments += sum(member.params for member in group.members) * BYTES_F64
-    width = groups[0].members[0].in_features
-    tokens = recipe.calibration.samples * recipe.calibration.length
-    boundaries = len(structure.blocks) + 1 if gradients else 1
-    return {
-        "weights": weights,
-        "moments_of_a_block": moments,
-        "activations": tokens * width * BYTES_F32 * boundaries if needs else 0,
-    }
+def _source(recipe: Recipe, work: Path) -> Source:
+    """A folder is not opened further: its weights may not be there."""
+    if recipe.model.path is not None:
+        return Source(recipe.model.path, None, recipe.model.trust_remote_code)
+    return open_source(recipe.model, work)
+
+
+def _dtype(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def _exports(
+    recipe: Recipe, shapes: Shapes, groups: Any, chosen: Any, dtype: str
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": artifact_name(spec),
+            "format": spec.format,
+            "weight_bytes": weight_bytes(spec, shapes, groups, chosen, dtype),
+            "dense_weight_bytes": weight_bytes(spec, shapes, [], {}, dtype),
+        }
+        for spec in recipe.export
+    ]

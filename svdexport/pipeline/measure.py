@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from svdexport.core.measures import ArtifactSpeed, Quality, SpeedReport, SpeedSe
 from svdexport.files import write_atomic
 from svdexport.pipeline.artifacts import Artifact
 from svdexport.pipeline.job import Job, ModelUnderWork, key
-from svdexport.recipe import CheckpointExport
+from svdexport.pipeline.reporter import Reporter
+from svdexport.recipe import CheckpointExport, Export, Recipe
 from svdexport.runtimes import open_runtime
 from svdexport.runtimes.encoder_rt import is_encoder_graph
 from svdexport.runtimes.torch_rt import TorchRuntime
@@ -53,7 +55,9 @@ def measure_quality(
         model.release()
         found: dict[str, Quality] = {}
         for done, artifact in enumerate(artifacts):
-            found[artifact_key(artifact)] = _quality(job, artifact, windows, reference)
+            found[artifact_key(artifact)] = score(
+                artifact.path, windows, reference, job.threads, job.recipe.calibration.seed
+            )
             job.reporter.progress("quality", done + 1, len(artifacts))
         write_atomic(record, _QUALITIES.dump_json(found))
         reference.path.unlink()  # gigabytes that nothing else reads
@@ -62,50 +66,62 @@ def measure_quality(
     return _QUALITIES.validate_json(record.read_bytes())
 
 
-def _quality(job: Job, artifact: Artifact, windows: np.ndarray, reference: Any) -> Quality:
+def score(path: Path, windows: np.ndarray, reference: Any, threads: int, seed: int) -> Quality:
+    """Quality of an artifact on windows (W, T) of tokens, and what it writes."""
     context = max(windows.shape[1], GENERATION_CONTEXT)
-    runtime = open_runtime(artifact.path, threads=job.threads, context=context)
+    runtime = open_runtime(path, threads=threads, context=context)
     try:
-        quality = evaluate(runtime, windows, reference, seed=job.recipe.calibration.seed)
+        quality = evaluate(runtime, windows, reference, seed=seed)
         return dataclasses.replace(quality, generations=generate(runtime))
     finally:
         runtime.close()
 
 
 def measure_speed(job: Job, artifacts: list[Artifact]) -> dict[str, ArtifactSpeed]:
-    """Each compressed artifact against its dense twin, timed in turn on the same runtime."""
+    """Each compressed artifact, and its plain rival, against its dense twin, timed in turn on the
+    same runtime."""
     found: dict[str, ArtifactSpeed] = {}
     compressed = [a for a in artifacts if a.role == "compressed"]
     for artifact in compressed:
         if isinstance(artifact.spec, CheckpointExport):
             continue  # no deployment runtime, and its dense twin is the user's own folder
         twin = next(a for a in artifacts if a.role == "dense" and a.spec == artifact.spec)
-        report = _speed(job, twin, artifact)
-        found[artifact_key(twin)], found[artifact_key(artifact)] = report.artifacts
+        group = [twin, artifact]
+        if job.recipe.baselines.plain == "full":
+            group += [a for a in artifacts if a.role == "plain" and a.spec == artifact.spec]
+        report = time_side_by_side(
+            job.recipe, artifact.spec, [a.path for a in group], job.threads, job.reporter
+        )
+        found |= dict(zip(map(artifact_key, group), report.artifacts, strict=True))
     return found
 
 
-def _speed(job: Job, twin: Artifact, artifact: Artifact) -> SpeedReport:
-    """Never taken from an earlier run: a speed belongs to the moment it was measured in."""
-    settings = job.recipe.speed
+def time_side_by_side(
+    recipe: Recipe, spec: Export, paths: list[Path], threads: int, reporter: Reporter
+) -> SpeedReport:
+    """Artifacts of one format in turn; the first is the baseline.
+
+    Never taken from an earlier run: a speed belongs to the moment it was measured in.
+    """
+    settings = recipe.speed
     context = max(*settings.prefill, settings.decode * 2) + 64
-    encoder = artifact.spec.format == "onnx" and is_encoder_graph(artifact.path)
-    name = SPEED_RUNTIME[artifact.spec.format]
+    encoder = spec.format == "onnx" and is_encoder_graph(paths[-1])
+    name = SPEED_RUNTIME[spec.format]
     if name == "onnxruntime-genai" and not all(
-        (path / "genai_config.json").is_file() for path in (twin.path, artifact.path)
+        (path / "genai_config.json").is_file() for path in paths
     ):
         name = "onnxruntime"  # an encoder, or a latent cache
     wanted = SpeedSettings(
-        job.threads,
+        threads,
         settings.rounds,
         settings.prefill,
         0 if encoder else settings.decode,
-        job.recipe.calibration.seed,
+        recipe.calibration.seed,
     )
-    with job.reporter.stage(f"speed {artifact.path.name}"), contextlib.ExitStack() as stack:
+    with reporter.stage(f"speed {paths[1].name}"), contextlib.ExitStack() as stack:
         runtimes = []
-        for path in (twin.path, artifact.path):
-            opened = open_runtime(path, threads=job.threads, context=context, runtime=name)
+        for path in paths:
+            opened = open_runtime(path, threads=threads, context=context, runtime=name)
             stack.callback(opened.close)
             runtimes.append(opened)
-        return measure(runtimes, wanted, job.reporter.progress)
+        return measure(runtimes, wanted, reporter.progress)

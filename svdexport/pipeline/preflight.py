@@ -10,7 +10,13 @@ from pathlib import Path
 from svdexport.errors import InputError, RecipeError
 from svdexport.recipe import Recipe
 from svdexport.runtimes.artifact import kind
-from svdexport.safety import check_file_finite, check_gguf, check_model_folder, check_onnx
+from svdexport.safety import (
+    check_config,
+    check_file_finite,
+    check_gguf,
+    check_model_folder,
+    check_onnx,
+)
 from svdexport.safety.paths import check_regular
 
 
@@ -18,13 +24,16 @@ def check_inputs(recipe: Recipe, *, weights: bool = True) -> None:
     """The model's files and the texts that a recipe names.
 
     Args:
-        weights: also look through all weights for NaN and infinity (a second for each 500 MB).
+        weights: also look through all weights for NaN and infinity (a second for each 500 MB);
+            without, a folder that has its configuration alone will do.
 
     Raises:
         InputError: the model. RecipeError: a text or a data set.
     """
     model = recipe.model
-    if model.path is not None:
+    if model.path is not None and not weights and not any(model.path.glob("*.safetensors")):
+        check_config(model.path, model.trust_remote_code)
+    elif model.path is not None:
         folder = check_model_folder(model.path, model.trust_remote_code)
         for header in folder.headers if weights else ():
             check_file_finite(header)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from svdexport.core.machine import describe
 from svdexport.core.measures import ArtifactSpeed, GateResult, Measured, Quality, Verdict
 from svdexport.files import sha256_file
-from svdexport.pipeline.artifacts import Artifact, export_all
+from svdexport.pipeline.artifacts import Artifact, evidence_file, export_all
 from svdexport.pipeline.factors import statistics
 from svdexport.pipeline.job import Job, ModelUnderWork, versions
 from svdexport.pipeline.measure import SPEED_RUNTIME, artifact_key, measure_quality, measure_speed
+from svdexport.pipeline.plain import export_plain
 from svdexport.pipeline.quantize import quantize_exports
 from svdexport.pipeline.refine import refine_seeds
 from svdexport.pipeline.stages import MEMORY, TROUBLE, Compressed, run_compression
-from svdexport.recipe import canonical_json, recipe_hash
+from svdexport.recipe import Recipe, canonical_json, recipe_hash
 from svdexport.report import card, html, manifest, markdown
+from svdexport.report.equal_bytes import comparisons
 from svdexport.report.result import (
     ArtifactResult,
     PlanRow,
@@ -31,6 +34,8 @@ from svdexport.report.result import (
     StageTime,
     TensorHash,
 )
+from svdexport.safety import check_model_folder
+from svdexport.verify import evidence
 from svdexport.verify.gate import judge
 
 
@@ -62,6 +67,7 @@ def run(job: Job, invocation: Invocation) -> Outcome:
     quality: dict[str, Quality] = {}
     speed: dict[str, ArtifactSpeed] = {}
     if intact:  # figures taken on a broken file mean nothing
+        artifacts += export_plain(job, model, [a for a in artifacts if a.role == "compressed"])
         quality = measure_quality(job, model, artifacts)
         speed = measure_speed(job, artifacts)
     gates, verdict = judge(job.recipe.gates, _measured(artifacts, quality, speed))
@@ -70,16 +76,28 @@ def run(job: Job, invocation: Invocation) -> Outcome:
     if verdict.word != "pass":
         write_reports(result, fresh(job.work / "report"))
         return Outcome(result, None)
+    keep_evidence(job, artifacts)
     write_reports(result, job.rundir.staging)
     out = job.rundir.publish()
     clean(job.work)
     return Outcome(result, out)
 
 
+def keep_evidence(job: Job, artifacts: list[Artifact]) -> None:
+    """Put what `verify` repeats parity and quality from into the folder to be published."""
+    folder = fresh(job.rundir.staging / evidence.FOLDER)
+    tokens = load_file(job.work / "tokens.safetensors")["evaluation"]
+    save_file({"evaluation": tokens}, folder / evidence.EVALUATION)
+    for artifact in artifacts:
+        if artifact.role == "compressed" and artifact.parity is not None:
+            there = evidence.path_of(job.rundir.staging, artifact.path.name)
+            shutil.copyfile(evidence_file(job, artifact.path), there)
+
+
 def clean(work: Path) -> None:
     """Drop the large intermediate files of a finished run."""
-    made = ("factors", "checkpoint", "refine", "refined", "quantized", "base", "dense", "reference")
-    for name in (*made, "out"):
+    made = ("factors", "checkpoint", "refine", "refined", "quantized", "base", "dense", "plain")
+    for name in (*made, "reference", "out"):
         shutil.rmtree(work / name, ignore_errors=True)
 
 
@@ -105,7 +123,7 @@ def _measured(
     judged = []
     for artifact in artifacts:
         name = artifact_key(artifact)
-        if artifact.role == "dense":
+        if artifact.role != "compressed":
             if artifact.round_trip or (artifact.parity and artifact.parity.problems):
                 judged.append(
                     Measured(name, 0, parity=artifact.parity, round_trip=artifact.round_trip)
@@ -180,6 +198,7 @@ def _result(
         threads=job.threads,
         evaluation_text=str(recipe.evaluate.text or "held-out text that the model wrote itself"),
         overrides=invocation.overrides,
+        equal_bytes=comparisons(artifacts),
         notes=(
             *plan_notes(compressed.plan),
             *moment_notes(job, compressed),
@@ -195,14 +214,27 @@ def source_model(model: ModelUnderWork) -> SourceModel:
     source = model.source
     given = [source.gguf] if source.gguf else sorted(source.folder.glob("*.safetensors"))
     config = model.checkpoint.config
-    params = sum(linear.params for linear in model.structure.linears())
+    tensors = check_model_folder(source.folder, source.trust_remote_code).tensors
+    params = sum(math.prod(info.shape) for info in tensors.values())
     return SourceModel(
         name=Path(source.given).resolve().name,
         architecture=(config.get("architectures") or ["unknown"])[0],
         params=params,
         license=_license(source.folder),
+        base_model=hub_name(model.job.recipe, source.given),
         files={path.name: sha256_file(path) for path in given},
     )
+
+
+def hub_name(recipe: Recipe, given: Path) -> str:
+    """``owner/name`` on the Hugging Face Hub: as the recipe says, or as a hub cache's path does."""
+    if recipe.model.hub_name:
+        return recipe.model.hub_name
+    for part in given.resolve().parts:
+        found = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part)
+        if found:
+            return f"{found[1]}/{found[2]}"
+    return ""
 
 
 def _license(folder: Path) -> str:

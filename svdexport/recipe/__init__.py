@@ -10,6 +10,7 @@ from svdexport.recipe.load import (
 )
 from svdexport.recipe.refiners import Distill, Refine
 from svdexport.recipe.schema import (
+    Baselines,
     Budget,
     Calibration,
     CheckpointExport,
@@ -27,6 +28,7 @@ from svdexport.recipe.schema import (
 )
 
 __all__ = [
+    "Baselines",
     "Budget",
     "Calibration",
     "CheckpointExport",

@@ -113,6 +113,12 @@ class Model(_Section):
     path: RecipePath | None = None
     gguf: RecipePath | None = None
     trust_remote_code: bool = False
+    hub_name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$",
+        max_length=200,
+        description="owner/name on the Hugging Face Hub, for the model card's base_model",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
@@ -378,6 +384,16 @@ class Speed(_Section):
     decode: Count = 64
 
 
+class Baselines(_Section):
+    """What the compressed files are compared with, beside their dense twins.
+
+    ``plain``: the dense model, plainly quantised to about the same size: timed and scored
+    (``full``), scored alone (``quality``), or left out (``off``).
+    """
+
+    plain: Literal["full", "quality", "off"] = "full"
+
+
 class Gates(_Section):
     """Limits that a run must keep; one that is left out is not checked."""
 
@@ -405,6 +421,7 @@ class Recipe(_Section):
     )
     evaluate: Evaluate = Evaluate()
     speed: Speed = Speed()
+    baselines: Baselines = Baselines()
     gates: Gates = Gates()
 
     # Key path -> path as it was written, so that the hash does not depend on where the recipe lies.

@@ -59,7 +59,8 @@ def _sections(result: RunResult) -> Iterator[str]:
         f"{name} ({markdown.escape(result.source.architecture)}, "
         f"{result.source.params / 1e6:,.1f} M parameters) with {pairs} of {len(result.plan)} "
         f"linear layers replaced by pairs of smaller ones, y = B (A x).{kept} Made and measured "
-        "by svdexport; `report.html` shows every figure, `manifest.json` every hash."
+        "by svdexport; `report.html` shows every figure, `manifest.json` every hash, and "
+        "`svdexport verify .` checks the files and repeats parity in each runtime."
     )
     yield f"Verdict: **{result.verdict.word}**. {figures.headline(result)}"
     yield "## How to run it"
@@ -185,21 +186,8 @@ def _limits(result: RunResult) -> Iterator[str]:
             growth = artifact.quality.perplexity / baseline.quality.perplexity - 1
             label = markdown.escape(artifact.label)
             yield f"{label}: perplexity is {growth:.0%} above that of its dense twin."
-    plain = [a for a in result.artifacts if a.role == "plain" and a.quality is not None]
-    for other in plain:
-        for artifact in _kept(result):
-            better = (
-                other.quality is not None
-                and artifact.quality is not None
-                and other.bytes <= artifact.bytes
-                and other.quality.perplexity < artifact.quality.perplexity
-            )
-            if better:
-                yield (
-                    f"Plain quantisation to {markdown.escape(other.type)} is smaller and better "
-                    f"than {markdown.escape(artifact.label)} here: use that where size and "
-                    "quality decide."
-                )
+    for line in figures.equal_bytes(result):
+        yield markdown.escape(f"At equal bytes: {line}.")
     if not result.source.license:
         yield "The source model states no licence: ask its author before passing this on."
     for note in result.notes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from svdexport.core.measures import GateResult, Quality, Speedup
-from svdexport.report.result import ArtifactResult, PlanRow, RunResult, file_name
+from svdexport.report.equal_bytes import sentence
+from svdexport.report.result import ArtifactResult, Comparison, PlanRow, RunResult, file_name
 
 NONE = "–"
 ROLES = {"compressed": "low rank", "dense": "dense", "plain": "plainly quantised"}
@@ -13,8 +14,10 @@ ROLES = {"compressed": "low rank", "dense": "dense", "plain": "plainly quantised
 
 @dataclass(frozen=True)
 class Row:
-    """One artifact as a table shows it; every field is text, `–` where nothing was measured."""
+    """One artifact as a table shows it, `–` where nothing was measured; `group` numbers the files
+    that belong together."""
 
+    group: str
     artifact: str
     role: str
     runtime: str
@@ -43,19 +46,38 @@ class DenseGroup:
 def rows(result: RunResult) -> list[Row]:
     """A row for each artifact, each format's dense twin before its compressed files."""
     order = {"dense": 0, "compressed": 1, "plain": 2}
-    formats = list(dict.fromkeys((a.format, a.type, a.runtime) for a in result.artifacts))
-    artifacts = sorted(
-        result.artifacts,
-        key=lambda a: (formats.index((a.format, a.type, a.runtime)), order[a.role]),
-    )
-    return [_row(artifact) for artifact in artifacts]
+    artifacts = {a.path: a for a in result.artifacts}
+    rivals = {c.plain: artifacts[c.artifact] for c in reversed(_compared(result))}
+
+    def group(artifact: ArtifactResult) -> tuple[str, str, str]:
+        """A plain file stands with the compressed one that it is compared with."""
+        peer = rivals.get(artifact.path, artifact)
+        return peer.format, peer.type, peer.runtime
+
+    groups = list(dict.fromkeys(group(a) for a in result.artifacts if a.role != "plain"))
+    groups += [g for g in map(group, result.artifacts) if g not in groups]
+    ordered = sorted(result.artifacts, key=lambda a: (groups.index(group(a)), order[a.role]))
+    return [_row(artifact, groups.index(group(artifact))) for artifact in ordered]
 
 
-def _row(artifact: ArtifactResult) -> Row:
+def equal_bytes(result: RunResult) -> list[str]:
+    """A sentence for each compressed file that has a plainly quantised rival of like size."""
+    labels = {a.path: a.label for a in result.artifacts}
+    return [sentence(found, labels) for found in _compared(result)]
+
+
+def _compared(result: RunResult) -> list[Comparison]:
+    """Comparisons of which both files are among the artifacts."""
+    paths = {artifact.path for artifact in result.artifacts}
+    return [c for c in result.equal_bytes if {c.artifact, c.plain} <= paths]
+
+
+def _row(artifact: ArtifactResult, group: int) -> Row:
     quality, speed = artifact.quality, artifact.speed
     prefill = None if speed is None else speed.prefill_speedup
     decode = None if speed is None else speed.decode_speedup
     return Row(
+        group=str(group),
         artifact=artifact.label,
         role=ROLES[artifact.role],
         runtime=artifact.runtime,
@@ -111,10 +133,12 @@ def interval(speedup: Speedup | None) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration as `48.2 s` or `3 min 12 s`."""
+    """A duration as `48.2 s`, `3 min 12 s` or `5 h 07 min`."""
     if value < 60:
         return f"{value:.1f} s"
     whole = round(value)
+    if whole >= 2 * 3600:
+        return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
     return f"{whole // 60} min {whole % 60:02d} s"
 
 

@@ -73,6 +73,7 @@ def context(result: RunResult) -> dict[str, Any]:
         "f": figures,
         "headline": figures.headline(result),
         "rows": figures.rows(result),
+        "equal_bytes": figures.equal_bytes(result),
         "tiles": [a for a in result.artifacts if a.kept],
         "kept_ratio": figures.kept_ratio(result),
         "pairs": len(figures.factorised(result)),

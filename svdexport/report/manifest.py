@@ -20,6 +20,7 @@ from svdexport.report import result as results
 from svdexport.report.result import ArtifactResult, RunResult
 
 NAME = "manifest.json"
+SCHEMA_FILE = f"manifest-{results.SCHEMA_VERSION}.schema.json"  # its version is the manifest's
 MAX_BYTES = 1 << 28  # a manifest of a large model has some 10,000 tensors: a few megabytes
 
 _QUALITY_FIGURES = ("perplexity", "perplexity_ratio", "mean_kld", "kld_p999", "same_top")
@@ -105,6 +106,14 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
+def shipped_schema() -> dict[str, Any]:
+    """The schema file that the package carries; equal to ``json_schema()``."""
+    text = (Path(__file__).parent / SCHEMA_FILE).read_text(encoding="utf-8")
+    data = json.loads(text)
+    assert isinstance(data, dict)
+    return data
+
+
 def _quality(
     result: RunResult, artifact: ArtifactResult, quality: Quality
 ) -> Iterator[dict[str, Any]]:
@@ -121,23 +130,29 @@ def _quality(
 
 
 def _eval_command(result: RunResult, artifact: ArtifactResult, quality: Quality) -> str:
-    """`eval` where the text is a file and the artifact is there; else the run itself."""
+    """`eval` where the text is a file and the model a folder, else `verify --quality`; the run
+    itself for what is not in the folder."""
     text = result.recipe.get("evaluate", {}).get("text")
     model = result.recipe.get("model", {}).get("path")
-    if not (text and artifact.kept):
-        return result.command
+    if not (text and model and artifact.kept):
+        return _verify_command(result, artifact, "--quality")
     parts = ["svdexport", "eval", artifact.path, "--text", str(text)]
     parts += ["--context", str(quality.context), "--windows", str(quality.windows)]
-    if model:
-        parts += ["--reference", str(model)]
-    return shlex.join(parts)
+    return shlex.join([*parts, "--reference", str(model)])
+
+
+def _verify_command(result: RunResult, artifact: ArtifactResult, option: str) -> str:
+    """In the published folder; the model is where the reader has it, under the name it had."""
+    if not artifact.kept:
+        return result.command
+    return shlex.join(["svdexport", "verify", ".", option, "--model", result.source.name])
 
 
 def _speed(result: RunResult, artifact: ArtifactResult) -> Iterator[dict[str, Any]]:
-    """The dense twin is not in the folder, so that only the run repeats a speed."""
     assert artifact.speed is not None
+    command = _verify_command(result, artifact, "--speed")
     for timing in artifact.speed.timings:
-        head = {"artifact": artifact.path, "command": result.command}
+        head = {"artifact": artifact.path, "command": command}
         yield head | {"figure": f"{timing.metric}_tps", "value": timing.tps}
         if timing.speedup is not None:
             yield head | {

@@ -31,6 +31,8 @@ def summary(result: RunResult) -> str:
     if result.gates:
         parts += ["### Gates", gates(result)]
     parts += ["### Results", results(result)]
+    if lines := figures.equal_bytes(result):
+        parts.append("At equal bytes:\n\n" + "\n".join(f"- {escape(line)}" for line in lines))
     dense = figures.kept_dense(result)
     if dense:
         parts += ["### Kept dense", kept_dense(result)]

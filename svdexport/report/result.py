@@ -87,6 +87,26 @@ class ArtifactResult:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """A compressed artifact beside the plainly quantised file of like size (paths of both).
+
+    `plain_is` says how the plain file's quality compares: better, worse, or undecided where the
+    difference is within two standard errors over windows of text. Speedups are over the dense
+    twin of the compressed artifact, None where they were not measured.
+    """
+
+    artifact: str
+    plain: str
+    plain_is: Literal["better", "worse", "undecided"]
+    bytes: int
+    plain_bytes: int
+    perplexity: float
+    plain_perplexity: float
+    decode_speedup: float | None = None
+    plain_decode_speedup: float | None = None
+
+
+@dataclass(frozen=True)
 class StageTime:
     """Wall-clock seconds of a stage; `resumed` where the stage was taken from an earlier,
     interrupted run.
@@ -136,6 +156,7 @@ class RunResult:
     evaluation_text: str = ""
     overrides: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    equal_bytes: tuple[Comparison, ...] = ()
     schema: int = SCHEMA_VERSION
 
     def baseline_of(self, artifact: ArtifactResult) -> ArtifactResult | None:

@@ -17,6 +17,8 @@ _WORDS = {"pass": "PASS", "fail": "FAIL", "inconclusive": "INCONCLUSIVE"}
 def summary(result: RunResult) -> RenderableType:
     """Table, gates that did not pass, time per stage, verdict."""
     parts: list[RenderableType] = [results_table(result)]
+    if lines := figures.equal_bytes(result):
+        parts.append(Text("\n".join(["at equal bytes:", *lines, ""]), style="dim"))
     if result.stages:
         parts.append(_stages(result))
     parts.append(verdict(result))
@@ -29,12 +31,11 @@ def results_table(result: RunResult) -> Table:
     table.add_column("artifact", ratio=1)
     for name in ("MB", "perplexity", "KLD", "prefill t/s", "speedup", "decode t/s", "speedup"):
         table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
-    last = ""
+    last = "0"
     for row in figures.rows(result):
-        key = row.artifact + row.runtime
-        if last and key != last:
+        if row.group != last:
             table.add_section()
-        last = key
+        last = row.group
         table.add_row(
             _two(row.artifact, f"{row.role}, {row.runtime}"),
             row.size,

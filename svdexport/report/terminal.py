@@ -9,6 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from svdexport.core.measures import GateResult
+from svdexport.report.figures import gate_values, gate_word, seconds
+
 MEGA = 1e6
 
 
@@ -40,8 +43,17 @@ def plan_table(found: dict[str, Any]) -> RenderableType:
         + ", ".join(
             f"{name.replace('_', ' ')} {size / MEGA:,.0f} MB" for name, size in memory.items()
         ),
+        "time here, roughly: "
+        + ", ".join(f"{stage} {seconds(value)}" for stage, value in found["seconds"].items()),
     ]
-    return Group(table, Text("\n".join(lines)))
+    sizes = _table(("file", False), ("weights, MB", True), ("dense twin, MB", True))
+    for item in found["exports"]:
+        sizes.add_row(
+            item["name"],
+            f"{item['weight_bytes'] / MEGA:,.1f}",
+            f"{item['dense_weight_bytes'] / MEGA:,.1f}",
+        )
+    return Group(table, Text("\n".join(lines)), sizes)
 
 
 def eval_table(found: dict[str, Any]) -> RenderableType:
@@ -80,6 +92,23 @@ def bench_table(found: dict[str, Any]) -> RenderableType:
             )
     notes = "".join(f"\n{note}" for note in found["notes"])
     return Group(table, Text(f"verdict: {found['verdict']}{notes}"))
+
+
+def verify_table(found: dict[str, Any]) -> RenderableType:
+    """What `verify` repeated, gate by gate, after the hashes were found right."""
+    head = Text(f"{found['folder']}: files and tensors are what the manifest says")
+    if "gates" not in found:
+        return head
+    table = _table(
+        ("artifact", False), ("checked again", False), ("limit", True), ("here", True), ("", False)
+    )
+    gates = [GateResult(**gate) for gate in found["gates"]]
+    for gate in gates:
+        limit, value = gate_values(gate)
+        table.add_row(gate.artifact, gate.name, limit, value, gate_word(gate))
+    verdict = found["verdict"]
+    reasons = "".join(f"\n  - {reason}" for reason in verdict["reasons"])
+    return Group(head, table, Text(f"verdict: {verdict['word']}{reasons}"))
 
 
 def inspect_table(found: dict[str, Any]) -> RenderableType:

@@ -9,7 +9,7 @@ from svdexport.safety.headers import (
     check_onnx,
     check_safetensors,
 )
-from svdexport.safety.model_folder import ModelFolder, check_model_folder
+from svdexport.safety.model_folder import ModelFolder, check_config, check_model_folder
 from svdexport.safety.network import no_network
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ModelFolder",
     "SafetensorsHeader",
     "TensorInfo",
+    "check_config",
     "check_file_finite",
     "check_finite",
     "check_gguf",

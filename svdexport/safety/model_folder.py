@@ -94,6 +94,15 @@ def check_model_folder(path: Path, trust_remote_code: bool = False) -> ModelFold
     return checked
 
 
+def check_config(path: Path, trust_remote_code: bool = False) -> None:
+    """Check a model folder as ``check_model_folder`` does, but for its weights, which may be
+    missing: enough for whoever reads the configuration alone. Raises InputError."""
+    folder = _folder(Path(path))
+    read_json(model_file(folder, "config.json", str(folder)))
+    if not trust_remote_code:
+        _refuse_code(folder)
+
+
 def _folder(path: Path) -> Path:
     """The resolved folder, all of whose entries are ordinary or lead to where they may."""
     if path.suffix in PICKLES and path.is_file():

@@ -20,6 +20,7 @@ from svdexport.core.measures import (
 )
 from svdexport.report.result import (
     ArtifactResult,
+    Comparison,
     PlanRow,
     RunResult,
     SourceModel,
@@ -212,4 +213,17 @@ def example_result() -> RunResult:
         seeds={"calibration": 0, "speed": 0},
         threads=2,
         evaluation_text="held-out text written by the model itself",
+        equal_bytes=(
+            Comparison(
+                artifact="model-Q8_0.gguf",
+                plain="plain-Q4_0.gguf",
+                plain_is="better",
+                bytes=121_300_000,
+                plain_bytes=91_700_000,
+                perplexity=30.9,
+                plain_perplexity=27.96,
+                decode_speedup=1.12,
+                plain_decode_speedup=1.21,
+            ),
+        ),
     )

@@ -16,9 +16,11 @@ import psutil
 import pytest
 
 from svdexport.core.machine import usable_cores
-from svdexport.core.measures import Sample, SpeedSettings, Speedup
-from svdexport.errors import RecipeError
+from svdexport.core.measures import Measured, Sample, SpeedSettings, Speedup
+from svdexport.errors import EXIT_NOISY, EXIT_SPEED, RecipeError
+from svdexport.recipe import Gates
 from svdexport.verify import bootstrap, noise, speed
+from svdexport.verify.gate import judge
 from tests.unit.small_runtime import SmallRuntime
 
 SETTINGS = SpeedSettings(threads=1, rounds=9, prefill=(64,), decode=8)
@@ -59,6 +61,9 @@ def test_busy_loop_on_each_core_is_inconclusive(tmp_path: Path) -> None:
     with busy_loops(usable_cores()):
         report = speed.measure(runtimes, settings)
     assert report.verdict == "inconclusive"
+    gates = Gates(min_prefill_speedup=0.001, min_decode_speedup=0.001)  # passed by any ratio
+    _, verdict = judge(gates, [Measured("low", 1, speed=report.artifacts[1])])
+    assert verdict.exit_code == EXIT_NOISY
     for timing in report.artifacts[1].timings:
         assert timing.verdict == "inconclusive"
         assert timing.disturbed_rounds > len(timing.samples) / 3
@@ -79,6 +84,25 @@ def test_idle_machine_is_not_called_noisy(tmp_path: Path) -> None:
     assert report.verdict == "ok", candidate
     assert candidate.prefill_speedup is not None
     assert candidate.prefill_speedup.low > 1.0
+
+
+@pytest.mark.slow
+def test_a_pair_past_break_even_is_slower_and_fails_with_5(tmp_path: Path) -> None:
+    """Of full rank: twice the work."""
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        sizes = {"width": 512, "layers": 6, "threads": 1}
+        dense = SmallRuntime(folder / "dense", **sizes)
+        pair = SmallRuntime(folder / "pair", rank=512, **sizes)
+        wait_until_idle()
+        report = speed.measure([dense, pair], dataclasses.replace(SETTINGS, prefill=(256,)))
+        if report.verdict == "slower":
+            break
+    assert report.verdict == "slower", report.artifacts[1]
+    measured = Measured("pair", 1, speed=report.artifacts[1])
+    _, verdict = judge(Gates(min_prefill_speedup=1.0), [measured])
+    assert verdict.exit_code == EXIT_SPEED
 
 
 def test_report_keeps_raw_samples_and_the_keys_of_bench(tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""Compressing a model that is in memory: the stages of a run up to the pairs, and no files."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdexport.errors import RecipeError
+from svdexport.models.blocks import discover
+from svdexport.models.modules import LowRankLinear, replace_linears
+from svdexport.pipeline import compress
+from svdexport.pipeline.factors import factorize_blocks
+from svdexport.pipeline.reporter import Reporter
+from svdexport.recipe import validate
+from svdexport.report.result import PlanRow
+
+
+def compress_in_memory(
+    model: Any, tokens: Tensor, settings: dict[str, Any], batch: int, reporter: Reporter
+) -> tuple[PlanRow, ...]:
+    """Replace the chosen linears of ``model`` by pairs; returns the plan, one row a linear.
+
+    ``settings`` are the keys of a recipe's ``compress`` section. Raises RecipeError for a wrong
+    one, and for tokens that are not (windows, length).
+    """
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
+        raise RecipeError(
+            f"tokens: of shape {tuple(tokens.shape)} and type {tokens.dtype}; give token ids "
+            "(windows, length) as integers"
+        )
+    recipe = validate(
+        {
+            "schema": 1,
+            "model": {"path": "in memory"},
+            "calibration": {"batch": batch},
+            "compress": settings,
+            "export": [{"format": "checkpoint"}],
+        },
+        "compress_model",
+    )
+    structure = discover(model)
+    with tempfile.TemporaryDirectory(prefix="svdexport-") as scratch:
+        folder = Path(scratch) / "factors"
+        factorize_blocks(recipe, structure, model, tokens.long(), folder, reporter)
+        plan = compress.allocate_ranks(recipe, structure, folder)
+        low_rank = compress.low_rank_of(plan)
+        biases = {name: model.get_submodule(name).bias for name in low_rank}
+        replace_linears(model, low_rank)
+        for tensors in compress.pair_tensors(recipe.compress, plan, folder):
+            for name, value in tensors.items():
+                _put(model, name, value)
+    for name, bias in biases.items():
+        module = model.get_submodule(name)
+        assert isinstance(module, LowRankLinear)
+        module.bias = bias
+    return tuple(compress.plan_rows(plan))
+
+
+def _put(model: Any, name: str, value: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    parameter = getattr(model.get_submodule(owner), attribute)
+    with torch.no_grad():
+        parameter.copy_(value)

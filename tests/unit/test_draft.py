@@ -1,0 +1,85 @@
+"""`init` writes recipes that hold for the model and the target they were asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from svdexport import api
+from svdexport.errors import InputError, RecipeError
+from svdexport.pipeline.draft import TARGETS
+from svdexport.recipe import load_recipe
+from tests.unit.test_plan import LLAMA_70B
+
+SMALL = LLAMA_70B | {
+    "hidden_size": 192,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+}
+
+
+def folder(place: Path, config: dict[str, object]) -> Path:
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps(config))
+    return place
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_drafted_recipe_can_be_planned(target: str, tmp_path: Path) -> None:
+    model = folder(tmp_path / "my model", SMALL)
+    out = api.init(model, target, tmp_path / "sub" / "r.yaml")  # type: ignore[arg-type]
+    text = out.read_text()
+    assert target in text.splitlines()[0] and "1 M parameters" in text.splitlines()[0]
+    recipe = load_recipe(out)
+    assert recipe.model.path is not None and recipe.model.path.resolve() == model
+    assert recipe.calibration.length * recipe.calibration.samples >= 2 * 320
+    assert max(recipe.speed.prefill) < 256
+    forms = {spec.format for spec in recipe.export}
+    assert (
+        forms
+        == {
+            "laptop": {"gguf"},
+            "phone": {"onnx"},
+            "browser": {"onnx"},
+            "server": {"gguf", "checkpoint"},
+        }[target]
+    )
+    assert api.plan(out)["exports"][0]["weight_bytes"] > 0
+
+
+def test_a_large_model_gets_four_bits_in_whole_blocks(tmp_path: Path) -> None:
+    large = SMALL | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    large |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 128256}
+    recipe = load_recipe(api.init(folder(tmp_path / "m", large), "laptop", tmp_path / "r.yaml"))
+    assert recipe.export[0].type == "Q4_K"  # type: ignore[union-attr]
+    assert recipe.compress.rank_multiple == 256
+
+
+def test_nothing_is_overwritten_and_wrong_targets_are_named(tmp_path: Path) -> None:
+    model = folder(tmp_path / "m", SMALL)
+    out = api.init(model, "phone", tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="exists"):
+        api.init(model, "phone", out)
+    with pytest.raises(RecipeError, match="laptop, phone, browser, server"):
+        api.init(model, "toaster", tmp_path / "other.yaml")  # type: ignore[arg-type]
+    with pytest.raises(InputError):
+        api.init(tmp_path / "nothing", "phone", tmp_path / "other.yaml")
+    assert not (tmp_path / "other.yaml").exists()
+
+
+def test_the_name_on_the_hub_is_said_or_found_and_never_guessed(tmp_path: Path) -> None:
+    from svdexport.pipeline.run import hub_name
+
+    out = api.init(folder(tmp_path / "m", SMALL), "phone", tmp_path / "r.yaml")
+    cached = tmp_path / "models--owner--small-1B" / "snapshots" / "abc"
+    assert hub_name(load_recipe(out), tmp_path / "m") == ""
+    assert hub_name(load_recipe(out), cached) == "owner/small-1B"
+    assert hub_name(load_recipe(out, ["model.hub_name=me/other"]), cached) == "me/other"
+    with pytest.raises(RecipeError, match="hub_name"):
+        load_recipe(out, ["model.hub_name=../evil"])

@@ -1,0 +1,137 @@
+"""`plan` reads no weights, and its bytes are those of the exported tensors."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader
+
+from svdexport import api
+from svdexport.allocate import uniform
+from svdexport.checkpoint import Checkpoint
+from svdexport.errors import InputError
+from svdexport.export import ExportRequest, exporter
+from svdexport.models.shapes import shapes_of
+from svdexport.pipeline.compress import candidate
+from svdexport.pipeline.factors import chosen_groups
+from svdexport.pipeline.sizes import weight_bytes
+from svdexport.recipe import (
+    CheckpointExport,
+    Export,
+    GgufExport,
+    OnnxExport,
+    Recipe,
+    load_recipe,
+)
+from tests.unit.gguf_models import make_model
+
+RECIPE = """\
+schema: 1
+model: {path: model}
+calibration: {samples: 2, length: 16}
+evaluate: {context: 16, windows: 1}
+compress: {method: svd, budget: {param_ratio: 0.6}, allocate: uniform, rank_multiple: 16}
+export: [{format: gguf, type: Q8_0}, {format: onnx, precision: int4}, {format: checkpoint}]
+"""
+LLAMA_70B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def recipe_of(folder: Path) -> tuple[Path, Recipe]:
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path, load_recipe(path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model and its uniform plan as a checkpoint, as a run would make it."""
+    folder = tmp_path_factory.mktemp("plan")
+    make_model(folder / "model", "Llama", hidden_size=128, intermediate_size=160)
+    api.compress(recipe_of(folder)[0], folder / "out")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        GgufExport(type="Q8_0"),
+        GgufExport(type="Q4_K", type_b="F16"),
+        GgufExport(type="Q8_0", form="stock_lora"),
+        OnnxExport(precision="fp32"),
+        OnnxExport(precision="fp16"),
+        OnnxExport(precision="int2", block_size=128),
+        OnnxExport(precision="int4", block_size=64),
+        CheckpointExport(dtype="float16"),
+    ],
+    ids=lambda spec: f"{spec.format}-{getattr(spec, 'label', '')}{getattr(spec, 'precision', '')}",
+)
+def test_bytes_are_those_of_the_exported_tensors(place: Path, tmp_path: Path, spec: Export) -> None:
+    _, recipe = recipe_of(place)
+    shapes = shapes_of(place / "model")
+    groups = chosen_groups(recipe, shapes.structure)
+    budget = recipe.compress
+    chosen = uniform.allocate(
+        [candidate(g) for g in groups], budget.budget.param_ratio, budget.rank_multiple
+    )
+    assert any(choice.rank for choice in chosen.values())
+    checkpoint = Checkpoint.open(place / ".out.work" / "checkpoint")
+    for name, source in (("pairs", checkpoint), ("dense", Checkpoint.open(place / "model"))):
+        (tmp_path / f"{name}-work").mkdir()
+        suffix = ".gguf" if spec.format == "gguf" else ""
+        request = ExportRequest(
+            source, place / "model", None, tmp_path / f"{name}-out{suffix}",
+            tmp_path / f"{name}-work", spec,
+        )  # fmt: skip
+        made = exporter(spec.format).export(request)
+        written = sum(record.nbytes for record in made.tensors.values())
+        if name == "pairs":
+            foretold = weight_bytes(spec, shapes, groups, chosen, "float32")
+        else:
+            foretold = weight_bytes(spec, shapes, [], {}, "float32")
+        assert foretold == written
+        if isinstance(spec, GgufExport) and spec.form == "pairs":
+            reader = GGUFReader(made.path)
+            assert made.bytes == foretold + reader.data_offset
+
+
+def test_a_70b_configuration_is_planned_within_five_seconds(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA_70B))
+    path, _ = recipe_of(tmp_path)
+    began = time.process_time()
+    found = api.plan(path, ["compress.rank_multiple=32"])  # whole blocks of Q8_0
+    assert time.process_time() - began < 5
+    assert found["params_model"] == 70_553_706_496
+    assert len(found["groups"]) == 80 * 4
+    gguf = found["exports"][0]
+    assert 70.5e9 < gguf["dense_weight_bytes"] < 75.1e9
+    assert 0.6 < gguf["weight_bytes"] / gguf["dense_weight_bytes"] < 0.62  # the rest stays dense
+    assert found["memory_bytes"]["weights"] == 4 * found["params_model"]
+    assert all(seconds >= 0 for seconds in found["seconds"].values())
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00030.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert api.plan(path, ["compress.rank_multiple=32"])["params"] == found["params"]
+
+
+def test_a_configuration_alone_is_checked_too(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    code = LLAMA_70B | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(code))
+    with pytest.raises(InputError, match="trust_remote_code"):
+        api.plan(recipe_of(tmp_path)[0])
