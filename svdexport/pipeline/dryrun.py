@@ -15,7 +15,7 @@ from svdexport.pipeline.artifacts import artifact_name
 from svdexport.pipeline.compress import candidate
 from svdexport.pipeline.factors import chosen_groups
 from svdexport.pipeline.sizes import weight_bytes
-from svdexport.recipe import Recipe
+from svdexport.recipe import GgufExport, Recipe
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
@@ -60,9 +60,9 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         "params_model": shapes.count,
         "params_dense": dense,
         "params": params,
-        "kept": params / dense,
+        "kept": params / dense if dense else 1.0,  # without a method all stays dense
         "exports": _exports(recipe, shapes, groups, chosen, dtype),
-        "memory_bytes": estimate.memory_bytes(recipe, shapes, groups),
+        "memory_bytes": estimate.memory_bytes(recipe, shapes),
         "seconds": estimate.seconds(recipe, shapes, groups),
     }
 
@@ -82,11 +82,14 @@ def _dtype(folder: Path) -> str:
 def _exports(
     recipe: Recipe, shapes: Shapes, groups: Any, chosen: Any, dtype: str
 ) -> list[dict[str, Any]]:
+    asked = recipe.compress.budget.bytes  # the size itself is the budget of the one mixed file
     return [
         {
             "name": artifact_name(spec),
             "format": spec.format,
-            "weight_bytes": weight_bytes(spec, shapes, groups, chosen, dtype),
+            "weight_bytes": asked
+            if asked is not None and isinstance(spec, GgufExport) and spec.type == "mixed"
+            else weight_bytes(spec, shapes, groups, chosen, dtype),
             "dense_weight_bytes": weight_bytes(spec, shapes, [], {}, dtype),
         }
         for spec in recipe.export

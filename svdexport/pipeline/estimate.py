@@ -23,7 +23,7 @@ EIGEN_OPERATIONS = 50.0
 SELF_BATCH_SHARE = 0.25  # of a product's rate, for the thin products of batched writing
 
 
-def memory_bytes(recipe: Recipe, shapes: Shapes, groups: list[InputGroup]) -> dict[str, int]:
+def memory_bytes(recipe: Recipe, shapes: Shapes) -> dict[str, int]:
     """Peak by part: weights in float32, the moments of one block, and activations on disk."""
     needs = statistics(recipe)
     structure = shapes.structure
@@ -35,7 +35,7 @@ def memory_bytes(recipe: Recipe, shapes: Shapes, groups: list[InputGroup]) -> di
             moments += sum(member.out_features**2 for member in group.members) * BYTES_F64
         if "fisher" in needs:
             moments += sum(member.params for member in group.members) * BYTES_F64
-    width = groups[0].members[0].in_features
+    width = structure.of_block(0)[0].members[0].in_features
     boundaries = len(structure.blocks) + 1 if NEED_GRADIENTS & needs else 1
     return {
         "weights": shapes.count * BYTES_F32,

@@ -47,7 +47,7 @@ def test_the_quickstart_passes_its_checks(finished: dict[str, Any]) -> None:
     assert finished["verdict"]["word"] == "pass"
     for artifact in finished["artifacts"]:
         assert artifact["round_trip"] == []
-        assert artifact["parity"]["problems"] == []
+        assert artifact["role"] == "plain" or artifact["parity"]["problems"] == []
         if artifact["role"] == "dense":
             assert artifact["quality"]["mean_kld"] < 0.03
             assert artifact["quality"]["same_top"] > 0.85

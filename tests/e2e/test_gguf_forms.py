@@ -31,7 +31,7 @@ def test_forms_and_types_pass_the_whole_run(tmp_path: Path) -> None:
     assert set(kept) == {f"{name}.gguf" for name in (stock, lora, mixed)}
     for artifact in found["artifacts"]:
         assert artifact["round_trip"] == []
-        assert artifact["parity"]["problems"] == []
+        assert artifact["role"] == "plain" or artifact["parity"]["problems"] == []
     # the remainder and its adapter together are the dense model
     assert kept[f"{lora}.gguf"]["quality"]["mean_kld"] < 1e-3
     assert kept[f"{stock}.gguf"]["quality"]["mean_kld"] > 1e-3

@@ -23,11 +23,20 @@ speed: {threads: 1}
 """
 
 
+# As in a terminal: what runs the tests in the background may have SIGINT ignored.
+MAIN = """\
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from svdexport.cli import main
+main()
+"""
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_says_so_and_resumes(tmp_path: Path) -> None:
     make_model(tmp_path / "model", "Llama", hidden_size=256, intermediate_size=512)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    command = [sys.executable, "-m", "svdexport", "run", str(tmp_path / "recipe.yaml")]
+    command = [sys.executable, "-c", MAIN, "run", str(tmp_path / "recipe.yaml")]
     command += ["--out", str(tmp_path / "out")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None

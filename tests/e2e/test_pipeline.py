@@ -279,7 +279,7 @@ def test_factors_made_in_sequence_are_nearer_to_the_model(place: Path) -> None:
             *("--set", "export.0.type=F32"),
         )
         for artifact in found["artifacts"]:
-            assert artifact["parity"]["problems"] == []
+            assert artifact["role"] == "plain" or artifact["parity"]["problems"] == []
             if artifact["role"] == "compressed":
                 kld[sequential, artifact["format"]] = artifact["quality"]["mean_kld"]
     assert kld["true", "gguf"] < kld["false", "gguf"]
