@@ -82,7 +82,8 @@ def _dtype(folder: Path) -> str:
 def _exports(
     recipe: Recipe, shapes: Shapes, groups: Any, chosen: Any, dtype: str
 ) -> list[dict[str, Any]]:
-    asked = recipe.compress.budget.bytes  # the size itself is the budget of the one mixed file
+    budget = recipe.compress.budget
+    asked = None if budget is None else budget.bytes  # the one mixed file is given by its size
     return [
         {
             "name": artifact_name(spec),
