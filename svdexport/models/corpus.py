@@ -177,27 +177,32 @@ def _spread(tokens: list[int], samples: int, length: int, where: str) -> Tensor:
 def write_text(model: Any, samples: int, length: int, seed: int, progress: Progress) -> Tensor:
     """Sequences that the model writes itself, (samples, length): a data-free calibration text.
 
-    Each begins with a random token (as in LLM-QAT, Liu et al., 2023, arXiv 2305.17888) and goes on
-    by sampling at temperature 1 from the most likely 95 % (of 256 tokens at most). End tokens are
-    never drawn, so that all have the same length. Deterministic for a seed, a thread count and a
-    torch version.
+    Every other one begins as documents do, with the beginning token, and may go on beyond an end
+    (a chat model writes conversations so). The others, and all where the model has no such token,
+    begin with a random token (as in LLM-QAT, Liu et al., 2023, arXiv 2305.17888) and never draw
+    a special one. Tokens are drawn at temperature 1 from the most likely 95 % (of 256 at most).
+    Deterministic for a seed, a thread count and a torch version.
     """
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
+    config = model.config.get_text_config()
     special = _special_tokens(model)
-    allowed = torch.ones(vocabulary)
+    allowed = torch.ones(config.vocab_size)
     allowed[special] = 0.0
     written = []
     for start in range(0, samples, GENERATE_BATCH):
         count = min(GENERATE_BATCH, samples - start)
         first = torch.multinomial(allowed, count, replacement=True, generator=generator)
+        documents = torch.zeros(count, dtype=torch.bool)
+        if isinstance(config.bos_token_id, int):
+            documents[::2] = True
+            first[documents] = config.bos_token_id
+        banned = torch.zeros((count, config.vocab_size))
+        banned[:, special] = torch.where(documents, 0.0, -torch.inf)[:, None]
         tokens, cache, current = [first], None, first[:, None]
         for step in range(1, length):
             out = model(input_ids=current, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-            logits = out.logits[:, -1].float()
-            logits[:, special] = -torch.inf
-            drawn = _sample(logits, generator)
+            drawn = _sample(out.logits[:, -1].float() + banned, generator)
             tokens.append(drawn)
             current = drawn[:, None]
             if step % 32 == 0:

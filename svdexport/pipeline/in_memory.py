@@ -42,12 +42,14 @@ def compress_in_memory(
         },
         "compress_model",
     )
+    if recipe.compress.method == "emb_ae" or recipe.compress.sequential:
+        raise RecipeError("compress_model: method emb_ae and sequential: true need a whole run")
     structure = discover(model)
     with tempfile.TemporaryDirectory(prefix="svdexport-") as scratch:
         folder = Path(scratch) / "factors"
         factorize_blocks(recipe, structure, model, tokens.long(), folder, reporter)
         plan = compress.allocate_ranks(recipe, structure, folder)
-        low_rank = compress.low_rank_of(plan)
+        low_rank = compress.low_rank_of(plan, structure)
         biases = {name: model.get_submodule(name).bias for name in low_rank}
         replace_linears(model, low_rank)
         for tensors in compress.pair_tensors(recipe.compress, plan, folder):

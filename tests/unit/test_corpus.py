@@ -25,21 +25,23 @@ def silent(*_: Any) -> None:
     return None
 
 
-def test_the_model_writes_text_of_equal_length_without_end_tokens() -> None:
+def test_the_model_writes_documents_and_text_after_random_tokens() -> None:
     model = llama(bos_token_id=1, eos_token_id=2)
     one = write_text(model, 70, 9, 5, silent)
     assert one.shape == (70, 9)
-    assert not torch.isin(one, torch.tensor([0, 1, 2])).any()
+    begin = torch.arange(70) % 64 % 2 == 0
+    assert torch.equal(one[:, 0] == 1, begin)  # every other one begins as documents do
+    assert not torch.isin(one[~begin], torch.tensor([0, 1, 2])).any()
     assert torch.equal(one, write_text(model, 70, 9, 5, silent))
     assert not torch.equal(one, write_text(model, 70, 9, 6, silent))
 
 
 def test_each_written_token_is_among_the_likely_ones() -> None:
-    model = llama()
+    model = llama(bos_token_id=None)
     model.lm_head.weight.data *= 200  # peaked: the nucleus is a token or two
     written = write_text(model, 4, 12, 0, silent)
     logits = model(written).logits[:, :-1]
-    logits[..., :3] = -torch.inf  # pad, begin and end are never drawn
+    logits[..., [0, 2]] = -torch.inf  # padding and the end are never drawn
     probabilities = torch.softmax(logits, dim=-1)
     chosen = probabilities.gather(-1, written[:, 1:, None])[..., 0]
     above = (probabilities * (probabilities > chosen[..., None])).sum(-1)
