@@ -23,6 +23,7 @@ import json
 import math
 import random
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ speed: {{threads: {threads}}}
 """
 
 
-def make(folder: Path, shape: str, layers: int | None) -> dict[str, Any]:
+def make(folder: Path, shape: str, layers: int | None, sparse: bool) -> dict[str, Any]:
     """Write the model, one block in memory at a time; all blocks hold the same random values."""
     import torch
 
@@ -88,10 +89,13 @@ def make(folder: Path, shape: str, layers: int | None) -> dict[str, Any]:
         return drawn[kind]
 
     def write(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        weight_map.update(dict.fromkeys(shapes, file))
+        if sparse:
+            _sparse(folder / file, shapes)
+            return
         with SafetensorsWriter(folder / file) as writer:
             for name, size in shapes.items():
                 writer.add(name, values(name, size))
-                weight_map[name] = file
 
     width, vocab = config["hidden_size"], config["vocab_size"]
     ends = {"model.embed_tokens.weight": (vocab, width), "model.norm.weight": (width,)}
@@ -106,6 +110,19 @@ def make(folder: Path, shape: str, layers: int | None) -> dict[str, Any]:
     _tokenizer(folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
     return {"folder": str(folder), "shape": shape, "bytes": size}
+
+
+def _sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Headers with zeros as a hole in the file, which take no room: enough for ``plan``."""
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        end = at + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
 
 
 def _block(layer: int, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -285,6 +302,7 @@ def main() -> None:
     parser.add_argument("shape", nargs="?", choices=SHAPES, default="tiny")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--sparse", action="store_true", help="make: headers only, for plan")
     parser.add_argument("--blocks", type=int, default=0)
     parser.add_argument("--method", default="svd_llm")
     parser.add_argument("--stream", default="always")
@@ -298,7 +316,7 @@ def main() -> None:
     if options.what == "worker":
         worker(options)
     elif options.what == "make":
-        print(json.dumps(make(options.folder, options.shape, options.layers)))
+        print(json.dumps(make(options.folder, options.shape, options.layers, options.sparse)))
     else:
         commands = {"plan": plan, "compress": compress, "pairs": pairs, "export": export}
         print(json.dumps(commands[options.what](options)))
