@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from svdexport.core.grids_onnx import NBitsTensor
 from svdexport.errors import InputError
 from svdexport.export.onnx_emit import HEAD, BuildPlan, Emission
 from svdexport.export.onnx_forms import ContribForm, Form, StandardForm
@@ -123,10 +124,12 @@ class _Writer:
         tensor = self.embedding if head and self._tied else f"{stem}.weight"
         if leaf.startswith("lr_b_"):
             tensor = f"{linear}.lr_b.weight"
-        weight = self.plan.checkpoint.tensor(tensor).float().numpy()
-        if leaf.startswith("lr_b_"):
-            width = int(stand_in.shape[1])  # type: ignore[index, arg-type]
-            weight = weight[int(leaf[5:]) * width :][:width]
+        whole = self.plan.checkpoint.tensor(tensor).float().numpy()
+        rows = slice(None)
+        if leaf.startswith("lr_b_"):  # one head's
+            width, index = int(stand_in.shape[1]), int(leaf[5:])  # type: ignore[index, arg-type]
+            rows = slice(index * width, (index + 1) * width)
+        weight = whole[rows]
         if leaf == "weight_t":
             weight = weight.T
             self.emission.transposed.append(tensor)
@@ -139,7 +142,9 @@ class _Writer:
             name = f"{stem}.MatMul.weight"
             self.form.add(name, self._float(weight.T, tensor), into=stand_in)
         else:
-            stored = quantized(weight, grid, [tensor], self.plan.packed)
+            stored = quantized(whole, grid, [tensor], self.plan.packed)
+            parts = (stored.codes[rows], stored.scales[rows], stored.zeros[rows])
+            stored = NBitsTensor(*parts, stored.columns, grid)
             name = str(self.form.linear(node, f"{stem}.MatMul", stored).name)
             self.emission.grids[name] = grid
             del self.graph.initializers[str(stand_in.name)]

@@ -29,6 +29,7 @@ from svdexport.runtimes.torch_rt import TorchRuntime
 from svdexport.verify import evidence
 from svdexport.verify.parity import (
     INT8_ACTIVATIONS,
+    activation_block,
     compare,
     rounded_activations,
     tolerance,
@@ -168,7 +169,7 @@ def _parity(
         expected = torch_runtime.logits(tokens)
         rounded = None
         if limits is INT8_ACTIVATIONS:  # how much the runtime's 8-bit activations may change
-            with rounded_activations(reference):
+            with rounded_activations(reference, activation_block(exported.format, exported.type)):
                 rounded = torch_runtime.logits(tokens)
     evidence.write(evidence.of(tokens, expected, rounded), evidence_file(job, exported.path))
     runtime = parity_runtime(exported.path, job.threads)

@@ -291,10 +291,10 @@ def _importance(
     moment = moments.inputs.get(group.leader)
     if moment is None:
         return {}
-    h = moment.matrix / max(1, moment.rows)
-    inputs = h.diagonal().float().contiguous()
+    h, rows = moment.matrix, max(1, moment.rows)  # not divided as a whole: it may be a gigabyte
+    inputs = (h.diagonal() / rows).float().contiguous()
     a = found.a.to(h.dtype)
-    rank = ((a @ h) * a).sum(dim=1).float()
+    rank = (((a @ h) * a).sum(dim=1) / rows).float()
     return {f"{m.name}.inputs": inputs.clone() for m in group.members} | {
         f"{group.leader}.rank": rank
     }

@@ -85,6 +85,11 @@ def tolerance(format_name: str, type_name: str) -> Tolerance:
     return TOLERANCES.get((format_name, type_name), INT8_ACTIVATIONS)
 
 
+def activation_block(format_name: str, type_name: str) -> int:
+    """How many activations share a scale: 256 where ggml rounds them to Q8_K (for K-quants)."""
+    return 256 if format_name == "gguf" and ("_K" in type_name or "mixed" in type_name) else 32
+
+
 @contextmanager
 def rounded_activations(model: Any, block: int = 32) -> Iterator[None]:
     """Within this context the input of every linear of a torch model is rounded to 8 bits, with a
