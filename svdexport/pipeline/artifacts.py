@@ -22,7 +22,7 @@ from svdexport.files import sha256_file, write_atomic
 from svdexport.models.loader import load_model
 from svdexport.models.weights import StreamedWeights
 from svdexport.pipeline.job import Job, ModelUnderWork, key
-from svdexport.recipe import CheckpointExport, Export, GgufExport
+from svdexport.recipe import CheckpointExport, Export, GgufExport, OnnxExport
 from svdexport.runtimes import Runtime, open_runtime
 from svdexport.runtimes.gguf_file import adapter_of
 from svdexport.runtimes.torch_rt import TorchRuntime
@@ -169,7 +169,7 @@ def _parity(
         expected = torch_runtime.logits(tokens)
         rounded = None
         if limits is INT8_ACTIVATIONS:  # how much the runtime's 8-bit activations may change
-            with rounded_activations(reference, activation_block(exported.format, exported.type)):
+            with rounded_activations(reference, _activation_block(spec, exported)):
                 rounded = torch_runtime.logits(tokens)
     evidence.write(evidence.of(tokens, expected, rounded), evidence_file(job, exported.path))
     runtime = parity_runtime(exported.path, job.threads)
@@ -177,6 +177,11 @@ def _parity(
         return compare(expected, runtime.logits(tokens), limits, rounded)
     finally:
         runtime.close()
+
+
+def _activation_block(spec: Export, exported: Exported) -> int:
+    size = spec.block_size if isinstance(spec, OnnxExport) else 32
+    return activation_block(exported.format, exported.type, size)
 
 
 @contextlib.contextmanager

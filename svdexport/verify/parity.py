@@ -85,9 +85,15 @@ def tolerance(format_name: str, type_name: str) -> Tolerance:
     return TOLERANCES.get((format_name, type_name), INT8_ACTIVATIONS)
 
 
-def activation_block(format_name: str, type_name: str) -> int:
-    """How many activations share a scale: 256 where ggml rounds them to Q8_K (for K-quants)."""
-    return 256 if format_name == "gguf" and ("_K" in type_name or "mixed" in type_name) else 32
+def activation_block(format_name: str, type_name: str, block_size: int = 32) -> int:
+    """How many activations share a scale where a runtime rounds them to 8 bits.
+
+    256 in ggml's Q8_K, which goes with K-quants, and 32 in its Q8_0; MatMulNBits takes the
+    weights' ``block_size``.
+    """
+    if format_name == "gguf":
+        return 256 if "_K" in type_name or "mixed" in type_name else 32
+    return block_size
 
 
 @contextmanager
