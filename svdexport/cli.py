@@ -29,6 +29,8 @@ from svdexport.cli_options import (
 from svdexport.errors import EXIT_BUG, RecipeError, SvdexportError
 from svdexport.safety.network import no_network
 
+EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
+
 app = typer.Typer(
     help="Compress language models into low-rank pairs and export them, measured. "
     "Example: svdexport run recipes/quickstart.yaml",
@@ -428,9 +430,12 @@ def main() -> None:
     except SvdexportError as error:
         print(f"svdexport: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        # typer turns an interrupt into an exit with EXIT_INTERRUPTED, and says nothing
+        if isinstance(end, SystemExit) and end.code != EXIT_INTERRUPTED:
+            raise
         print("svdexport: stopped; the same command resumes", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
     except MemoryError:
         print("svdexport: out of memory; the same command resumes", file=sys.stderr)
         sys.exit(6)
