@@ -125,14 +125,14 @@ class _Writer:
         if leaf.startswith("lr_b_"):
             tensor = f"{linear}.lr_b.weight"
         whole = self.plan.checkpoint.tensor(tensor).float().numpy()
+        if leaf == "weight_t":
+            whole = whole.T
+            self.emission.transposed.append(tensor)
         rows = slice(None)
         if leaf.startswith("lr_b_"):  # one head's
             width, index = int(stand_in.shape[1]), int(leaf[5:])  # type: ignore[index, arg-type]
             rows = slice(index * width, (index + 1) * width)
         weight = whole[rows]
-        if leaf == "weight_t":
-            weight = weight.T
-            self.emission.transposed.append(tensor)
         if weight.shape[::-1] != tuple(stand_in.shape or ()):
             raise InputError(
                 f"{self.plan.checkpoint.path}: tensor {tensor} has shape {weight.shape}, "

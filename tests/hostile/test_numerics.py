@@ -12,6 +12,7 @@ from torch import Tensor
 from svdexport.allocate import STRATEGIES, Candidate
 from svdexport.core.decompose import Decomposition, damped_cholesky, decompose, relative_errors
 from svdexport.core.lowrank import break_even_rank
+from svdexport.recipe.settings import NO_SETTINGS
 
 SHAPES = {"wide": (24, 40), "tall": (40, 24)}
 
@@ -132,18 +133,18 @@ def test_the_damping_that_was_needed_is_reported() -> None:
     assert torch.isfinite(factor).all()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["uniform", "greedy", "svd_llm_v2"])
 def test_row_17_past_break_even_stays_dense_and_says_why(strategy: str) -> None:
     small = Candidate("small", 24, 40, np.ones(24))
     large = Candidate("large", 640, 640, np.linspace(2, 1, 640))
     assert break_even_rank(24, 40) < 32
-    chosen = STRATEGIES[strategy]([small, large], 0.7, 32)
+    chosen = STRATEGIES[strategy].allocate([small, large], 0.7, 32, NO_SETTINGS)
     assert chosen["small"].rank is None
     assert "break-even" in chosen["small"].reason
     rank = chosen["large"].rank
     assert rank is not None
     assert rank % 32 == 0
     assert large.cost(rank) < large.dense_params
-    whole = STRATEGIES[strategy]([large], 1.0, 32)["large"]
+    whole = STRATEGIES[strategy].allocate([large], 1.0, 32, NO_SETTINGS)["large"]
     assert whole.rank is None
     assert whole.reason

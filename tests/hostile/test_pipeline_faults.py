@@ -216,7 +216,7 @@ def test_row_10_a_hub_cache_of_links_with_tied_embeddings(
     code, err = finish(place, [*RUN, "--set", "model.path=models--a--b/snapshots/0123"])
     assert code == 0, err
     assert digests(place) == reference[0]
-    (weights,) = (place / "o").rglob("*.safetensors")
+    (weights,) = (place / "o" / "checkpoint").rglob("*.safetensors")
     assert not weights.is_symlink()
     names = check_safetensors(weights).tensors
     assert "model.embed_tokens.weight" in names
@@ -227,7 +227,7 @@ def test_row_16_fewer_tokens_than_the_width(place: Path) -> None:
     few = ["--set", "calibration.samples=1", "--set", "calibration.length=16"]
     code, err = finish(place, [*RUN, *few])
     assert code == 0, err
-    (weights,) = (place / "o").rglob("*.safetensors")
+    (weights,) = (place / "o" / "checkpoint").rglob("*.safetensors")
     check_file_finite(check_safetensors(weights))
     manifest = json.loads((place / "o" / "manifest.json").read_text())
     assert any("singular and were damped" in note for note in manifest["notes"])
