@@ -40,7 +40,9 @@ def place(tmp_path: Path) -> Path:
 
 
 def torchrun(place: Path, out: str, *more: str) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    # by address and interface: the machine's own name may take minutes to resolve, or not at all
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--local-addr", "127.0.0.1", "--nproc-per-node"]
     command = [*launcher, "2", "-m", "svdexport", "compress", "r.yaml", "--out", out, *more]
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
@@ -50,7 +52,7 @@ def torchrun(place: Path, out: str, *more: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
 
 
