@@ -433,6 +433,10 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as end:
         # typer turns an interrupt into an exit with EXIT_INTERRUPTED, and says nothing
         if isinstance(end, SystemExit) and end.code != EXIT_INTERRUPTED:
+            if not end.code and int(os.environ.get("RANK", "0")) > 0:
+                # nothing is left to do; a thread of gloo's may still end, and abort the process
+                sys.stderr.flush()
+                os._exit(0)
             raise
         print("svdexport: stopped; the same command resumes", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
