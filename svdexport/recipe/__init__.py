@@ -1,5 +1,6 @@
 """Recipes: what a run does, as one strict YAML file."""
 
+from svdexport.recipe.exports import CheckpointExport, Export, GgufExport, OnnxExport
 from svdexport.recipe.hints import did_you_mean
 from svdexport.recipe.load import (
     canonical_json,
@@ -13,14 +14,10 @@ from svdexport.recipe.schema import (
     Baselines,
     Budget,
     Calibration,
-    CheckpointExport,
     Compress,
     Evaluate,
-    Export,
     Gates,
-    GgufExport,
     Model,
-    OnnxExport,
     Quantize,
     Recipe,
     Speed,

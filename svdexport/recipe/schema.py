@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from svdexport.recipe.exports import Export, GgufExport
 from svdexport.recipe.patterns import Patterns, as_tuple
 from svdexport.recipe.refiners import Refine
 from svdexport.recipe.section import Section as _Section
@@ -83,28 +84,6 @@ Bytes: TypeAlias = Annotated[
     WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string"}]}),
 ]
 Count: TypeAlias = Annotated[int, Field(ge=1, le=10**9)]
-
-
-GgufType: TypeAlias = Literal[
-    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_NL", "Q3_K", "Q2_K"
-]
-FileType: TypeAlias = Literal[
-    "F32",
-    "F16",
-    "BF16",
-    "Q8_0",
-    "Q6_K",
-    "Q5_K",
-    "Q4_K",
-    "Q4_0",
-    "IQ4_NL",
-    "Q3_K",
-    "Q2_K",
-    "mixed",
-]
-
-
-_DEFAULT_BLOCK: dict[Any, int] = {"int2": 128}
 
 
 class Model(_Section):
@@ -275,92 +254,6 @@ class Quantize(_Section):
     damping: float = Field(default=0.001, ge=0, le=10)
     order: Literal["activation", "natural"] = "activation"
     sweeps: int = Field(default=1, ge=0, le=100)
-
-
-class GgufExport(_Section):
-    """A GGUF file; ``type`` is that of the linears' weights, factors included.
-
-    ``mixed``: the types that a budget in bytes chose, Q4_0 for what it did not choose.
-
-    ``type_a``, ``type_b``: another type for the first or second factors. ``embedding_type``,
-    ``head_type``: for the token embedding and the output head; without them they get what
-    llama.cpp's own quantiser gives them (a tied embedding counts as the head). ``form``: ``pairs``
-    needs the llama.cpp that svdexport builds; ``stock`` writes the reconstructed dense weights,
-    and ``stock_lora`` the quantised remainder W - B A with the pairs as a LoRA adapter in a
-    second file, both for an unchanged llama.cpp. ``importance``: weight the quantisation error of
-    each input channel by its mean square in the calibration, for the types that take weights.
-    """
-
-    format: Literal["gguf"] = "gguf"
-    type: FileType = "Q8_0"
-    type_a: GgufType | None = None
-    type_b: GgufType | None = None
-    embedding_type: GgufType | None = None
-    head_type: GgufType | None = None
-    form: Literal["pairs", "stock", "stock_lora"] = "pairs"
-    importance: bool = True
-
-    @property
-    def label(self) -> str:
-        """Type and what differs from the defaults, for file names: ``Q4_0``, ``Q4_0-b-Q8_0``."""
-        parts = {
-            "a": self.type_a,
-            "b": self.type_b,
-            "embedding": self.embedding_type,
-            "head": self.head_type,
-        }
-        given = [f"-{key}-{value}" for key, value in parts.items() if value is not None]
-        form = "" if self.form == "pairs" else f"-{self.form.replace('_', '-')}"
-        plain = "" if self.importance else "-plain"
-        return f"{self.type}{''.join(given)}{form}{plain}"
-
-
-class OnnxExport(_Section):
-    """An ONNX folder for onnxruntime and onnxruntime-genai.
-
-    ``precision`` is that of the linears' weights, factors included; ``fp16`` is for WebGPU, the
-    CPU gains no speed by it. ``block_size``: weights that share a scale; where it is left out 32,
-    and 128 at 2 bits, where onnxruntime's kernel is fastest. ``operators``: ``standard`` writes
-    ONNX's own operators alone (DequantizeLinear and MatMul), for runtimes that do not have
-    Microsoft's. ``mobile`` adds a folder with the model in ORT format and the list of operators
-    that a small build of onnxruntime for a phone needs. ``kv_cache: latent`` caches A x instead
-    of B A x where v is a pair of small rank and applies B after attention; plain onnxruntime only.
-    """
-
-    format: Literal["onnx"] = "onnx"
-    precision: Literal["fp32", "fp16", "int8", "int4", "int2"] = "int4"
-    block_size: Literal[16, 32, 64, 128, 256] = 32
-    operators: Literal["contrib", "standard"] = "contrib"
-    mobile: bool = False
-    kv_cache: Literal["full", "latent"] = "full"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _block_by_precision(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "block_size" not in data:
-            return {**data, "block_size": _DEFAULT_BLOCK.get(data.get("precision"), 32)}
-        return data
-
-    @property
-    def label(self) -> str:
-        """Precision and what differs from the defaults, for file names: ``int4-standard``."""
-        default = _DEFAULT_BLOCK.get(self.precision, 32)
-        block = "" if self.block_size == default else f"-b{self.block_size}"
-        standard = "" if self.operators == "contrib" else "-standard"
-        latent = "" if self.kv_cache == "full" else "-latent"
-        return f"{self.precision}{block}{standard}{latent}{'-mobile' if self.mobile else ''}"
-
-
-class CheckpointExport(_Section):
-    """A Hugging Face folder; ``source`` keeps the source model's dtype."""
-
-    format: Literal["checkpoint"] = "checkpoint"
-    dtype: Literal["source", "float32", "float16", "bfloat16"] = "source"
-
-
-Export: TypeAlias = Annotated[
-    GgufExport | OnnxExport | CheckpointExport, Field(discriminator="format")
-]
 
 
 class Evaluate(_Section):

@@ -54,7 +54,7 @@ def split_text(text: Path, folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def recipe(args: argparse.Namespace, calibration: Path) -> dict[str, Any]:
+def recipe(args: argparse.Namespace, calibration: Path, evaluation: Path) -> dict[str, Any]:
     refine = []
     for name in args.refine:
         entry: dict[str, Any] = {"method": name}
@@ -80,6 +80,7 @@ def recipe(args: argparse.Namespace, calibration: Path) -> dict[str, Any]:
         },
         "refine": refine,
         "export": [{"format": "checkpoint"}],
+        "evaluate": {"text": str(evaluation.absolute())},
         "speed": {"threads": args.threads},
     }
 
@@ -87,7 +88,7 @@ def recipe(args: argparse.Namespace, calibration: Path) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> Figures:
     args.work.mkdir(parents=True, exist_ok=True)
     calibration, evaluation = split_text(args.text, args.work)
-    text = yaml.safe_dump(recipe(args, calibration), sort_keys=False)
+    text = yaml.safe_dump(recipe(args, calibration, evaluation), sort_keys=False)
     mark = hashlib.sha256((text + "\n".join(args.set)).encode()).hexdigest()[:10]
     file = args.work / f"{args.method}-{args.kept:g}-{mark}.yaml"
     file.write_text(text)
