@@ -123,12 +123,22 @@ def discover(model: nn.Module) -> Structure:
                 hook = module.register_forward_pre_hook(note_input, with_kwargs=True)
                 stack.callback(hook.remove)
         tokens = torch.zeros((1, 8), dtype=torch.long, device=device)
-        # a ready 4-d mask: transformers would ask a 2-d one for its values, which meta tensors lack
-        mask = torch.zeros((1, 1, 8, 8), device=device)
-        with torch.no_grad():
-            model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        with torch.no_grad(), _eager_attention(model):
+            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     embedding, head = _embedding(model)
     return Structure(blocks, tuple(_group(model, calls)), returns_tuple, embedding, head)
+
+
+@contextlib.contextmanager
+def _eager_attention(model: nn.Module) -> Iterator[None]:
+    """Masks are then made without a look at their values, which meta tensors lack."""
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    asked = config._attn_implementation  # type: ignore[union-attr]
+    config._attn_implementation = "eager"  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        config._attn_implementation = asked  # type: ignore[union-attr]
 
 
 def _embedding(model: nn.Module) -> tuple[Linear | None, str | None]:

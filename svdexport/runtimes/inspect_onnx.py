@@ -20,7 +20,8 @@ def inspect(path: Path) -> dict[str, Any]:
     """Describe an ONNX folder or file, ours or anyone's.
 
     A pair is a product with a constant weight that multiplies nothing but the result of another
-    such product. Members of a stacked product are told apart where the file says how (ours do).
+    such product; our own files say which are. Members of a stacked product are told apart where
+    the file says how (ours do).
 
     Returns:
         ``format, path, architecture, runtime, ir_version, logits`` (``every position`` or ``last
@@ -108,12 +109,15 @@ def _entries(graph: OnnxGraph) -> list[dict[str, Any]]:
     by_output = {product.output: product for product in products}
     readers = Counter(name for node in graph.nodes for name in node.input)
     firsts: dict[str, Product] = {}
+    rows = graph.rows()
     for product in products:
         a = by_output.get(product.source)
-        if a is not None and readers[a.output] == _products_reading(products, a.output):
+        if a is None or (rows and not _is_first(rows.get(a.weight, []))):
+            continue
+        if readers[a.output] == _products_reading(products, a.output):
             firsts[product.node] = a
     inner = {a.node for a in firsts.values()}
-    rows, counted, entries = graph.rows(), set[str](), []
+    counted, entries = set[str](), []
     for product in products:
         if product.node in inner:
             continue
@@ -126,6 +130,11 @@ def _entries(graph: OnnxGraph) -> list[dict[str, Any]]:
                 _add_first(graph, entry, a, shared, counted)
             entries.append(entry)
     return entries
+
+
+def _is_first(members: list[tuple[str, int]]) -> bool:
+    """Whether an initialiser of ours is an A; OPT's projection before its head is none."""
+    return any(name.endswith(".lr_a.weight") for name, _ in members)
 
 
 def _products_reading(products: list[Product], value: str) -> int:

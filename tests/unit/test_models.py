@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
@@ -20,6 +20,7 @@ from svdexport.errors import InputError
 from svdexport.export.checkpoint import assembled, compressed_config, write_checkpoint
 from svdexport.models.blocks import discover, find_blocks, record_inputs, run_block, select
 from svdexport.models.calibrate import calibrate
+from svdexport.models.decoder import Decoder
 from svdexport.models.loader import both_rope_forms, load_model, structure_of
 from svdexport.models.modules import linear_weight
 
@@ -69,6 +70,32 @@ def test_linears_that_share_an_input_are_found_by_running() -> None:
     gpt = discover(gpt2())
     assert [m.name for m in gpt.of_block(0)[0].members] == ["transformer.h.0.attn.c_attn"]
     assert (gpt.of_block(0)[0].members[0].out_features, 32) == (96, 32)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "opt, projected": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "phi3": {"num_key_value_heads": 2},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4},
+    "gpt_neox": {},
+}
+
+
+@pytest.mark.parametrize("family", list(OTHERS))
+def test_other_families_run_block_by_block(family: str) -> None:
+    sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    config = AutoConfig.for_model(family.partition(",")[0], **(sizes | OTHERS[family]))
+    with torch.device("meta"):
+        structure = discover(AutoModelForCausalLM.from_config(config))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    assert structure == discover(model)
+    assert len(structure.blocks) == 3
+    decoder = Decoder(model, structure)
+    found = decoder.logits(TOKENS, decoder.hidden(TOKENS))
+    assert torch.equal(found, model(input_ids=TOKENS, use_cache=False).logits)
 
 
 def test_structure_needs_no_weights(tmp_path: Path) -> None:

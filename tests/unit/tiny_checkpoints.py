@@ -42,6 +42,12 @@ GENERAL: dict[str, dict[str, Any]] = {
     },
     "phi3": {"model_type": "phi3", "num_key_value_heads": 2},
     "opt": {"model_type": "opt", "ffn_dim": INNER, "word_embed_proj_dim": HIDDEN},
+    "opt-projected": {
+        "model_type": "opt",
+        "ffn_dim": INNER,
+        "word_embed_proj_dim": 32,
+        "do_layer_norm_before": False,
+    },
     "gpt2": {"model_type": "gpt2", "n_positions": 128},
     "gemma3": {
         "model_type": "gemma3_text",
@@ -57,6 +63,14 @@ GENERAL: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "sliding_window": None,
+    },
+    "qwen2-moe": {
+        "model_type": "qwen2_moe",
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": INNER,
     },
 }
 """Families that the onnxruntime-genai builder does not do exactly."""
