@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,25 @@ class Checkpoint:
     def iter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.names():
             yield name, self.tensor(name)
+
+
+_ROLES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+def module_name(tensor: str) -> str:
+    """A folder's tensor under the name of its module; only Mixtral's experts have another.
+
+    ``block_sparse_moe.experts.0.w1.weight`` is ``mlp.experts.0.gate_proj.weight``.
+    """
+    name = tensor.replace(".block_sparse_moe.", ".mlp.")
+    if name != tensor:
+        name = re.sub(r"(\.experts\.\d+)\.(w[123])\.", lambda m: f"{m[1]}.{_ROLES[m[2]]}.", name)
+    return name
+
+
+def experts_apart(low_rank: Iterable[str]) -> bool:
+    """Whether some of the compressed linears are experts: then no expert is stored stacked."""
+    return any(re.search(r"\.experts\.\d+\.", name) for name in low_rank)
 
 
 def is_encoder(config: Mapping[str, Any]) -> bool:

@@ -25,6 +25,8 @@ class Candidate:
         energies: squared singular values in the method's metric, descending (for ``greedy``:
             in units comparable across groups), or None where they were not computed.
         kind: type of the matrix, the same in every block. block: number of its block.
+        count: pairs that this stands for and that get one rank: those of a layer's experts.
+            ``energies`` are then summed over them.
         similarity: mean cosine of its block's input and output, where it was asked for.
         trials: (kept share, perplexity with this group alone truncated), and position: a learned
             rank; for the strategies that measure them.
@@ -39,16 +41,22 @@ class Candidate:
     similarity: float | None = None
     trials: tuple[tuple[float, float], ...] | None = None
     position: float | None = None
+    count: int = 1
 
     @property
     def dense_params(self) -> int:
-        return self.out_features * self.in_features
+        return self.count * self.out_features * self.in_features
+
+    @property
+    def rank_params(self) -> int:
+        """Parameters of one rank."""
+        return self.count * pair_params(1, self.out_features, self.in_features)
 
     def cost(self, rank: int | None) -> int:
         """Parameters at a rank; None is dense."""
         if rank is None:
             return self.dense_params
-        return pair_params(rank, self.out_features, self.in_features)
+        return rank * self.rank_params
 
     def ranks(self, multiple: int) -> list[int]:
         """The ranks a runtime takes that still save parameters, ascending; may be empty."""
@@ -130,5 +138,5 @@ def _at_share(item: Candidate, share: float, multiple: int) -> Allocation:
         return Allocation(None, BREAK_EVEN)
     if math.isinf(share):
         return Allocation(None, PROTECTED)
-    rank = round_rank(share * item.dense_params / (item.out_features + item.in_features), multiple)
+    rank = round_rank(share * item.dense_params / item.rank_params, multiple)
     return Allocation(rank) if rank <= ranks[-1] else Allocation(None, TOO_LITTLE_TO_SAVE)

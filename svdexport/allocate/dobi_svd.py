@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from svdexport.allocate.base import Allocation, Candidate, by_ratios
-from svdexport.core.lowrank import pair_params
 from svdexport.recipe.settings import Settings
 
 
@@ -17,6 +16,5 @@ def allocate(
     for item in candidates:
         if item.position is None:
             raise ValueError(f"{item.name}: this allocation needs a learned position")
-        unit = pair_params(1, item.out_features, item.in_features)
-        shares[item.name] = item.position * unit / item.dense_params
+        shares[item.name] = item.position * item.rank_params / item.dense_params
     return by_ratios(candidates, shares, param_ratio, multiple)

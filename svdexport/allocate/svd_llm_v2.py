@@ -37,6 +37,6 @@ def allocate(
 def _log_loss(item: Candidate, param_ratio: float, multiple: int) -> float:
     if item.energies is None:
         raise ValueError(f"{item.name}: this allocation needs the group's energies")
-    wanted = param_ratio * item.dense_params / (item.out_features + item.in_features)
+    wanted = param_ratio * item.dense_params / item.rank_params
     loss = math.sqrt(max(0.0, float(item.energies[round_rank(wanted, multiple) :].sum())))
     return math.log(max(loss, 1e-12))

@@ -23,7 +23,7 @@ def allocate(
     """Rank k with k (m + n) nearest to ``param_ratio`` m n, for each group by itself."""
     chosen: dict[str, Allocation] = {}
     for item in candidates:
-        wanted = param_ratio * item.dense_params / (item.out_features + item.in_features)
+        wanted = param_ratio * item.dense_params / item.rank_params
         rank = round_rank(wanted, multiple)
         ranks = item.ranks(multiple)
         if not ranks:

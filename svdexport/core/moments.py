@@ -108,6 +108,12 @@ class FirstRows:
             self.parts.append(rows.clone())
             self.rows += len(rows)
 
+    def take(self, parts: Sequence[Tensor]) -> None:
+        """Hold the first of these rows instead of its own."""
+        self.parts, self.rows = [], 0
+        for part in parts:
+            self.add(part)
+
     def share(self, ranks: Ranks) -> None:
         """Rank 0's rows, on all processes."""
         if ranks.size == 1:

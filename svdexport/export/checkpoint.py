@@ -19,7 +19,9 @@ from svdexport.checkpoint import (
     Checkpoint,
     EmbeddingSpec,
     PairSpec,
+    experts_apart,
     low_rank_config,
+    module_name,
 )
 from svdexport.export.base import Exported, ExportRequest, TensorRecord
 from svdexport.export.safetensors_write import SafetensorsWriter
@@ -122,12 +124,15 @@ def assembled(
 ) -> Iterator[Named]:
     """Tensors of a compressed checkpoint: the source's, pairs in the place of their linears.
 
-    ``made`` has the pairs, and new weights for the dense linears that ``replaced`` names.
+    ``made`` has the pairs, and new weights for the dense linears that ``replaced`` names. Where
+    experts are pairs, tensors have their modules' names.
     """
     replaced = {f"{name}.weight" for name in (*low_rank, *replaced)}
+    apart = experts_apart(low_rank)
     for name, tensor in source.iter_tensors():
-        if name not in replaced:
-            yield name, tensor
+        written = module_name(name) if apart else name
+        if written not in replaced:
+            yield written, tensor
     for tensors in made:
         yield from sorted(tensors.items())
 

@@ -13,7 +13,7 @@ from svdexport.export.base import Exported, ExportRequest
 from svdexport.export.gguf_importance import read_importance
 from svdexport.export.gguf_layout import Layout, LayoutBuilder
 from svdexport.export.gguf_packed import ready_tensors
-from svdexport.export.gguf_plan import changed_tensors, make_plan
+from svdexport.export.gguf_plan import changed_tensors, make_plan, unproven
 from svdexport.export.gguf_read import check_round_trip, read_back
 from svdexport.export.gguf_types import Types, file_type
 from svdexport.export.gguf_write import string, u32, u64, write
@@ -54,6 +54,7 @@ def export(request: ExportRequest) -> Exported:
     ready = ready_tensors(PackedFolder.open(request.packed), plan.matches, kept)
     builder = LayoutBuilder(base, request.checkpoint, types, kept, changed, importance, ready)
     layout = builder.build()
+    layout.notes += unproven(plan)
     form = spec.form if places else "pairs"
     number = file_type(spec.type, ((t.type, t.nbytes) for t in layout.tensors))
     metadata = merged_metadata(base, number, form, layout if kept else None)

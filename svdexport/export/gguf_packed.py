@@ -9,6 +9,7 @@ import numpy as np
 
 from svdexport.export.gguf_layout import PairPlace
 from svdexport.export.gguf_match import Match
+from svdexport.export.gguf_types import NOT_QUANTISED
 from svdexport.packed import GGUF_PART, PackedFolder
 
 
@@ -30,6 +31,8 @@ def ready_tensors(
     ready: dict[str, Ready] = {}
 
     def add(tensor: str, name: str, match: Match | None) -> None:
+        if any(part in tensor for part in NOT_QUANTISED):
+            return
         if name in packed.kinds and (match is None or match.expert is None):
             ready[tensor] = Ready(packed.kinds[name], _rows(packed, name, match))
 

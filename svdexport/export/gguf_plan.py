@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from svdexport.checkpoint import Checkpoint
+from svdexport.checkpoint import Checkpoint, module_name
 from svdexport.errors import InputError
 from svdexport.export import gguf_base
 from svdexport.export.gguf_layout import PairPlace, floats, pair_places
@@ -57,12 +58,13 @@ def changed_tensors(
     if checkpoint.path.resolve() == source.resolve():
         return {}
     original = Checkpoint.open(source)
+    stored = {module_name(there): there for there in original.names()}
     biases = {f"{p.linear}.bias": p.match for p in plan.places}
     changed: dict[str, Callable[[], np.ndarray]] = {}
     for name in checkpoint.names():
         if ".lr_a." in name or ".lr_b." in name:
             continue
-        there = name if original.has(name) else _alias(name, set(original.names()))
+        there = stored.get(module_name(name)) or _alias(name, set(original.names()))
         if there is not None and _equal(checkpoint, name, original, there):
             continue
         match = plan.matches.get(name)
@@ -77,6 +79,23 @@ def changed_tensors(
                 f"{name}: differs from the original model's and is not found in the base GGUF"
             )
     return changed
+
+
+def unproven(plan: Plan) -> list[str]:
+    """Notes on the base's matrices that hold no weight of the source folder as it is."""
+    held = Counter(match.tensor for match in plan.matches.values())
+    found = [
+        name
+        for name, info in plan.base.file.tensors.items()
+        if len(info.ne) > 1 and held[name] < (info.ne[2] if len(info.ne) > 2 else 1)
+    ]
+    if not found:
+        return []
+    some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    return [
+        f"{len(found)} matrices of the base hold no weight of the model row by row and are taken "
+        f"from llama.cpp's converter unproven: {some}"
+    ]
 
 
 def _matrices(source: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
@@ -94,8 +113,8 @@ def _matrix_dtype(source: Checkpoint) -> str:
 def _renames(checkpoint: Checkpoint, matches: dict[str, Match]) -> dict[str, str]:
     """The checkpoint's matrix names -> the source's: the same, or one within the other's end."""
     names = {f"{linear}.weight" for linear in checkpoint.low_rank} | set(checkpoint.names())
-    known = set(matches)
-    found = {name: name if name in known else _alias(name, known) for name in names}
+    known = {module_name(name): name for name in matches}
+    found = {name: known.get(module_name(name)) or _alias(name, set(matches)) for name in names}
     return {name: there for name, there in sorted(found.items()) if there is not None}
 
 

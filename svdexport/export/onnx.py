@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from svdexport.checkpoint import Checkpoint, is_encoder
+from svdexport.checkpoint import Checkpoint, experts_apart, is_encoder
 from svdexport.core.grids_onnx import NBitsGrid
 from svdexport.errors import ArtifactError, MissingExtraError
 from svdexport.export.base import Exported, ExportRequest, TensorRecord
@@ -66,7 +67,7 @@ def export(request: ExportRequest) -> Exported:
         raise TypeError(f"an ONNX export needs an OnnxExport, not {type(spec).__name__}")
     request.out.mkdir(parents=True, exist_ok=True)
     plan = BuildPlan(
-        request.checkpoint,
+        without_expert_pairs(request.checkpoint),
         request.source,
         linear_grid(spec),
         _grid(_HEAD_BITS[spec.precision], spec.block_size),
@@ -87,7 +88,16 @@ def export(request: ExportRequest) -> Exported:
         write_mobile(request.out, LAST_FILE if decoder else MODEL_FILE, DATA_FILE)
     size = sum((request.out / name).stat().st_size for name in (*files, DATA_FILE))
     notes = tuple(_notes(emission, plan, reason))
+    multiplied = len(request.checkpoint.low_rank) - len(plan.checkpoint.low_rank)
+    if multiplied:
+        notes += (f"{multiplied} pairs of experts are multiplied back: they stand stacked here",)
     return Exported(request.out, "onnx", spec.precision, size, records, notes)
+
+
+def without_expert_pairs(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as the graph sees it: experts are one stack of dense matrices."""
+    pairs = {name: p for name, p in checkpoint.low_rank.items() if not experts_apart([name])}
+    return dataclasses.replace(checkpoint, low_rank=pairs)
 
 
 def _build(

@@ -195,7 +195,7 @@ def _load_rest(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> 
             value = checkpoint.tensor(name).to(dtype)
         else:  # transformers makes it of several tensors, as it stacks experts
             loaded = loaded or _loaded(checkpoint)
-            value = loaded.get_parameter(name).detach().to(dtype)
+            value = _parameter(loaded, name).detach().to(dtype)
         if value.shape != parameter.shape:
             raise InputError(
                 f"{checkpoint.path}: tensor {name} has shape {tuple(value.shape)}, "
@@ -203,6 +203,17 @@ def _load_rest(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> 
             )
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _parameter(model: nn.Module, name: str) -> Tensor:
+    """A parameter; a stack of experts that stand apart is made of theirs, pairs multiplied."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if not isinstance(module, nn.ModuleList):
+        return model.get_parameter(name)
+    parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+    rows = [torch.cat([getattr(expert, part).weight for part in parts]) for expert in module]
+    return torch.stack(rows)
 
 
 def _loaded(checkpoint: Checkpoint) -> nn.Module:

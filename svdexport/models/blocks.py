@@ -16,17 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from svdexport.errors import InputError
+from svdexport.models.experts import Experts, stack_of
 from svdexport.models.modules import is_linear, linear_shape
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of a block: ``name`` is its module path in the model."""
+    """A linear layer of a block: ``name`` is its module path in the model.
+
+    ``stack``: of an expert's linear, the name that it shares with its like in the layer's other
+    experts. They stand in one tensor of an exported file, and so must have one rank.
+    """
 
     name: str
     out_features: int
     in_features: int
     bias: bool
+    stack: str | None = None
 
     @property
     def params(self) -> int:
@@ -44,6 +50,11 @@ class InputGroup:
     @property
     def leader(self) -> str:
         return self.members[0].name
+
+    @property
+    def stack(self) -> str | None:
+        """Name of the stack of experts' linears that the first member belongs to."""
+        return self.members[0].stack
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,9 @@ def discover(model: nn.Module) -> Structure:
 
                 hook = module.register_forward_pre_hook(note_input, with_kwargs=True)
                 stack.callback(hook.remove)
+        for mixture in [m for m in model.modules() if isinstance(m, Experts)]:
+            mixture.every = True  # whatever the router chooses for these tokens
+            stack.callback(setattr, mixture, "every", False)
         tokens = torch.zeros((1, 8), dtype=torch.long, device=device)
         with torch.no_grad(), _eager_attention(model):
             model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
@@ -161,7 +175,8 @@ def _group(model: nn.Module, calls: Sequence[tuple[int, str, Tensor]]) -> Iterat
         seen.add(name)
         module = model.get_submodule(name)
         out_features, in_features = linear_shape(module)
-        linear = Linear(name, out_features, in_features, getattr(module, "bias", None) is not None)
+        bias = getattr(module, "bias", None) is not None
+        linear = Linear(name, out_features, in_features, bias, stack_of(model, name))
         members.setdefault((block, id(tensor)), []).append(linear)
     for (block, _), group in members.items():
         yield InputGroup(block, tuple(group))
@@ -177,18 +192,24 @@ def select(
     """Groups of the linears that the patterns choose; with ``group`` off, one linear a group.
 
     Patterns are full module paths or ``re:`` and a regular expression searched in the path;
-    ``only`` are those that the method itself is for. Raises InputError where nothing is left.
+    ``only`` are those that the method itself is for. Experts' linears are never grouped: no file
+    format shares an A there. Linears of one output (gates) are left out: no rank of theirs saves
+    anything. Raises InputError where nothing is left.
     """
     chosen: list[InputGroup] = []
     for found in structure.groups:
         members = [
             m
             for m in found.members
-            if matches(m.name, targets) and matches(m.name, only) and not matches(m.name, ignore)
+            if matches(m.name, targets)
+            and matches(m.name, only)
+            and not matches(m.name, ignore)
+            and m.out_features > 1
         ]
         if not members:
             continue
-        parts = [tuple(members)] if group else [(member,) for member in members]
+        together = group and not any(member.stack for member in members)
+        parts = [tuple(members)] if together else [(member,) for member in members]
         chosen += [InputGroup(found.block, part) for part in parts]
     if not chosen:
         raise InputError(

@@ -29,6 +29,7 @@ from svdexport.core.ranks import ALONE, Ranks
 from svdexport.errors import InputError
 from svdexport.models.activations import Activations
 from svdexport.models.blocks import Structure, record_inputs, run_block, tail_gradient
+from svdexport.models.routed import Collected, borrow
 from svdexport.models.weights import Weights, as_weights
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -44,6 +45,7 @@ class BlockMoments:
         fisher: sum over samples of the squared gradient of the weight, (m, n).
         rows: the first rows of the inputs, (keep_rows, n), shared as H is.
         similarity: mean cosine between the block's input and its output.
+        few: tokens of the experts' linears that got too few for moments of their own.
     """
 
     block: int
@@ -53,6 +55,7 @@ class BlockMoments:
     fisher: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     similarity: float | None = None
+    few: dict[str, int] = field(default_factory=dict)
 
 
 def calibrate(
@@ -217,30 +220,26 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
         self.model, self.index, self.statistics = model, index, wanted.statistics
         statistics = wanted.statistics
         self.groups = structure.of_block(index)
-        self.inputs: dict[str, Moment] = {}
-        self.mean_abs: dict[str, MeanAbs] = {}
-        self.rows: dict[str, FirstRows] = {}
-        self.gradients: dict[str, Moment] = {}
-        self.fisher: dict[str, Fisher] = {}
+        self.found = found = Collected()
         for group in self.groups:
             names, width = [m.name for m in group.members], group.members[0].in_features
-            self.inputs |= dict.fromkeys(names, Moment(width))
+            found.inputs |= dict.fromkeys(names, Moment(width))
             if "mean_abs" in statistics:
-                self.mean_abs |= dict.fromkeys(names, MeanAbs(width))
+                found.mean_abs |= dict.fromkeys(names, MeanAbs(width))
             if "rows" in statistics:
-                self.rows |= dict.fromkeys(names, FirstRows(wanted.keep_rows, width))
+                found.rows |= dict.fromkeys(names, FirstRows(wanted.keep_rows, width))
             for m in group.members:
                 if "gradients" in statistics:
-                    self.gradients[m.name] = Moment(m.out_features)
+                    found.gradients[m.name] = Moment(m.out_features)
                 if "fisher" in statistics:
-                    self.fisher[m.name] = Fisher(m.out_features, m.in_features)
+                    found.fisher[m.name] = Fisher(m.out_features, m.in_features)
         self.cosine = MeanCosine()
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> _Watch:
         for group in self.groups:
-            adders: list[Callable[[Tensor], None]] = [self.inputs[group.leader].add]
-            for more in (self.mean_abs, self.rows):
+            adders: list[Callable[[Tensor], None]] = [self.found.inputs[group.leader].add]
+            for more in (self.found.mean_abs, self.found.rows):
                 if group.leader in more:
                     adders.append(more[group.leader].add)
 
@@ -260,7 +259,7 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
         return self
 
     def _watch_output(self, name: str) -> None:
-        moment, fisher = self.gradients.get(name), self.fisher.get(name)
+        moment, fisher = self.found.gradients.get(name), self.found.fisher.get(name)
 
         def watch(_m: Any, args: Any, out: Tensor) -> None:
             def add(gradient: Tensor) -> None:
@@ -283,21 +282,21 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
             self.cosine.add(hidden, out)
 
     def moments(self, ranks: Ranks) -> BlockMoments:
-        collected: list[dict[str, Any]]
-        collected = [self.inputs, self.mean_abs, self.rows, self.gradients, self.fisher]
-        found = {id(one): one for part in collected for one in part.values()}
-        for one in (*found.values(), self.cosine):  # in the same order on all ranks
+        found = self.found
+        for one in (*found.all(), self.cosine):  # in the same order on all ranks
             one.share(ranks)
-        sums: dict[str, Moment | Fisher] = {**self.inputs, **self.gradients, **self.fisher}
+        few = borrow(self.groups, found)
+        sums: dict[str, Moment | Fisher] = {**found.inputs, **found.gradients, **found.fisher}
         for name, summed in sums.items():
             if not torch.isfinite(summed.matrix).all():
                 raise InputError(f"{name}: activations overflow on the calibration text")
         return BlockMoments(
             self.index,
-            self.inputs,
-            self.gradients,
-            {name: found.value() for name, found in self.mean_abs.items()},
-            {name: found.matrix for name, found in self.fisher.items()},
-            {name: found.value() for name, found in self.rows.items()},
+            found.inputs,
+            found.gradients,
+            {name: one.value() for name, one in found.mean_abs.items()},
+            {name: one.matrix for name, one in found.fisher.items()},
+            {name: one.value() for name, one in found.rows.items()},
             self.cosine.value() if "similarity" in self.statistics else None,
+            few,
         )

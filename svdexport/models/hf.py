@@ -16,7 +16,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from svdexport.checkpoint import FORMAT_VERSION, QUANT_METHOD, EmbeddingSpec, PairSpec
+from svdexport.checkpoint import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    EmbeddingSpec,
+    PairSpec,
+    experts_apart,
+)
 from svdexport.models.modules import replace_embedding, replace_linears
 
 
@@ -53,6 +59,13 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.embedding is not None:
             replace_embedding(model, EmbeddingSpec(**self.quantization_config.embedding))
         return model
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Experts that stand apart are not merged into a stack."""
+        found = super().update_weight_conversions(weight_conversions, model)
+        if not experts_apart(self.quantization_config.low_rank):
+            return found
+        return [c for c in found if not any(".experts.*." in s for s in c.source_patterns)]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -11,6 +11,7 @@ import torch
 
 from svdexport.errors import InputError, MissingExtraError
 from svdexport.models.blocks import Structure, discover
+from svdexport.models.experts import separate_experts
 from svdexport.recipe import Model
 from svdexport.runtimes.torch_rt import auto_class, quiet_transformers
 from svdexport.safety.gguf_header import check_gguf
@@ -132,6 +133,8 @@ def both_rope_forms(config: dict[str, Any]) -> dict[str, Any]:
 def load_model(folder: Path, trust_remote_code: bool = False) -> Any:
     """The language model or encoder in float32, in evaluation mode; compressed checkpoints too.
 
+    Experts of a mixture stand apart, each with linears of its own.
+
     Raises InputError where transformers refuses the folder.
     """
     try:
@@ -146,6 +149,7 @@ def load_model(folder: Path, trust_remote_code: bool = False) -> Any:
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{folder}: transformers cannot load this model ({reason})") from None
+    separate_experts(model)
     return model.eval().requires_grad_(False)
 
 
@@ -194,6 +198,7 @@ def skeleton(folder: Path, trust_remote_code: bool = False) -> Any:
             with torch.device("meta"):
                 model = auto_class(folder).from_config(config, trust_remote_code=trust_remote_code)
             model.tie_weights()
+            separate_experts(model)
             return model
     except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]

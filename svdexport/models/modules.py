@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from svdexport.checkpoint import EmbeddingSpec, PairSpec
+from svdexport.checkpoint import EmbeddingSpec, PairSpec, experts_apart
+from svdexport.models.experts import separate_experts
 
 
 class LowRankLinear(nn.Module):
@@ -137,8 +138,11 @@ def replace_embedding(model: nn.Module, spec: EmbeddingSpec) -> None:
 def replace_linears(model: nn.Module, low_rank: Mapping[str, PairSpec]) -> None:
     """Put an (uninitialised) LowRankLinear in the place of each linear that ``low_rank`` names.
 
-    Raises ValueError where a name is not a linear of this model.
+    Where experts are among them, all stacks of experts are taken apart. Raises ValueError where a
+    name is not a linear of this model.
     """
+    if experts_apart(low_rank):
+        separate_experts(model)
     made: dict[str, LowRankLinear] = {}
     leaders_first = sorted(low_rank, key=lambda name: low_rank[name].group != name)
     for name in leaders_first:

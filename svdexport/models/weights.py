@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from svdexport.checkpoint import Checkpoint
+from svdexport.checkpoint import Checkpoint, module_name
 from svdexport.errors import InputError
+from svdexport.models.experts import separate_experts
 from svdexport.models.modules import linear_weight, replace_linears
 from svdexport.runtimes.torch_rt import auto_class, quiet_transformers
 from svdexport.safety import check_safetensors
@@ -190,6 +191,7 @@ def _empty_model(folder: Path, trust_remote_code: bool) -> nn.Module:
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
         replace_linears(model, Checkpoint.open(folder).low_rank)
+        separate_experts(model)
     return model.eval()
 
 
@@ -213,11 +215,12 @@ def _parameters_on_meta() -> Iterator[None]:
 def _stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Parameter name -> tensor name: the same, without the base model's prefix, or a tied one's."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    stored = {module_name(tensor): tensor for tensor in checkpoint.names()}
     found: dict[str, str] = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
-        for stored in (name, name.removeprefix(prefix), prefix + name):
-            if checkpoint.has(stored):
-                found[name] = stored
+        for known in (name, name.removeprefix(prefix), prefix + name):
+            if known in stored:
+                found[name] = stored[known]
                 break
     tied: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

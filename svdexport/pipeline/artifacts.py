@@ -14,11 +14,12 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from svdexport.checkpoint import Checkpoint
+from svdexport.checkpoint import Checkpoint, module_name
 from svdexport.core.measures import Parity
 from svdexport.export import Exported, ExportRequest, exporter
 from svdexport.export.safetensors_write import SafetensorsWriter
 from svdexport.files import sha256_file, write_atomic
+from svdexport.models.experts import Experts
 from svdexport.models.loader import load_model
 from svdexport.models.weights import StreamedWeights
 from svdexport.pipeline.job import Job, ModelUnderWork, key
@@ -236,8 +237,11 @@ def load_values(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -> N
     tied = head is not None and head.weight is embedding.weight
     given: set[int] = set()
     for name, value in values:
-        path, _, attribute = name.rpartition(".")
+        path, _, attribute = module_name(name).rpartition(".")
         module = model.get_submodule(path)
+        if isinstance(module, Experts):  # a format that keeps them stacked
+            module.put(attribute, torch.from_numpy(np.array(value, dtype=np.float32)))
+            continue
         old = getattr(module, attribute)
         if tuple(old.shape) != value.shape:
             raise ValueError(f"{name}: read back as {value.shape}, expected {tuple(old.shape)}")

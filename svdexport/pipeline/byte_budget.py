@@ -44,6 +44,7 @@ PROBE = "Q4_0"
 PROBE_SAMPLES = 2
 ENTRY_BYTES = 160  # more than a tensor's entry in the header takes
 OWN_METADATA_BYTES = 512
+EXPERTS = "a budget in bytes leaves the experts of a mixture dense"
 
 
 def allocate_bytes(
@@ -54,7 +55,8 @@ def allocate_bytes(
     Raises RecipeError where the smallest choice of every tensor is too large.
     """
     recipe = job.recipe
-    groups = chosen_groups(recipe, model.structure)
+    every = chosen_groups(recipe, model.structure)
+    groups = [group for group in every if group.stack is None]
     if model.memory.streamed:
         raise RecipeError(
             f"compress.budget.bytes runs the model as a whole, but {model.memory.note}"
@@ -84,7 +86,12 @@ def allocate_bytes(
     write_atomic(job.work / TYPES_FILE, json.dumps(types, indent=1, sort_keys=True))
     for line in _summary(chosen, fixed, budget.bytes, tokens.numel()):
         job.reporter.note(line)
-    return [_plan(group, chosen[group.leader], data[group.leader]) for group in groups]
+    return [
+        GroupPlan(group, Allocation(None, EXPERTS), 0.0, 0.0)
+        if group.stack is not None
+        else _plan(group, chosen[group.leader], data[group.leader])
+        for group in every
+    ]
 
 
 def _of(tensors: Mapping[str, Tensor], leader: str) -> dict[str, Tensor]:

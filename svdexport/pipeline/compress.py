@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -60,9 +61,14 @@ def allocate_ranks(
                 **more.get(group.leader, {}),
             )
         )
-    chosen = STRATEGIES[compress.allocate].allocate(
-        candidates, compress.kept, compress.rank_multiple, compress.allocation
+    stack = {group.leader: group.stack or group.leader for group in groups}
+    merged = STRATEGIES[compress.allocate].allocate(
+        one_rank_a_stack(candidates, stack),
+        compress.kept,
+        compress.rank_multiple,
+        compress.allocation,
     )
+    chosen = {leader: merged[name] for leader, name in stack.items()}
     return [
         _plan(
             group,
@@ -72,6 +78,34 @@ def allocate_ranks(
         )
         for group in groups
     ]
+
+
+def one_rank_a_stack(candidates: Sequence[Candidate], stack: Mapping[str, str]) -> list[Candidate]:
+    """The candidates with those of one stack, by their names, in one."""
+    together: dict[str, list[Candidate]] = {}
+    for item in candidates:
+        together.setdefault(stack[item.name], []).append(item)
+    return [
+        items[0] if len(items) == 1 and name == items[0].name else _merged(name, items)
+        for name, items in together.items()
+    ]
+
+
+def _merged(name: str, items: Sequence[Candidate]) -> Candidate:
+    """Truncated together: energies add up; of what was measured one by one, the worst counts."""
+    energies = [item.energies for item in items if item.energies is not None]
+    positions = [item.position for item in items if item.position is not None]
+    trials = [item.trials for item in items if item.trials is not None]
+    return dataclasses.replace(
+        items[0],
+        name=name,
+        count=len(items),
+        energies=np.sum(energies, axis=0) if energies else None,
+        position=max(positions, default=None),
+        trials=tuple(max(alike, key=lambda t: t[1]) for alike in zip(*trials, strict=True))
+        if trials
+        else None,
+    )
 
 
 def all_dense(recipe: Recipe, structure: Structure) -> list[GroupPlan]:
@@ -163,16 +197,11 @@ def pair_tensors(
 def strategy(plan: list[GroupPlan]) -> Iterator[str]:
     """The plan for people: a line a block, with rank and relative output error of each group."""
     for block in sorted({entry.group.block for entry in plan}):
-        parts = []
+        parts: dict[str, list[GroupPlan]] = {}
         for entry in plan:
-            if entry.group.block != block:
-                continue
-            names = "+".join(m.name.rpartition(".")[2] for m in entry.group.members)
-            rank = entry.allocation.rank
-            parts.append(
-                f"{names} dense" if rank is None else f"{names} {rank} ({entry.relative_error:.2f})"
-            )
-        yield f"block {block}: " + ", ".join(parts)
+            if entry.group.block == block:
+                parts.setdefault(entry.group.stack or entry.group.leader, []).append(entry)
+        yield f"block {block}: " + ", ".join(map(_line, parts.values()))
     rows = plan_rows(plan)
     kept = sum(row.params for row in rows) / sum(row.params_dense for row in rows)
     pairs = sum(row.rank is not None for row in rows)
@@ -180,6 +209,19 @@ def strategy(plan: list[GroupPlan]) -> Iterator[str]:
         f"rank (relative output error): {pairs} linears became pairs, {len(rows) - pairs} stay "
         f"dense; {kept:.1%} of the parameters kept, {1 - kept:.1%} removed"
     )
+
+
+def _line(alike: list[GroupPlan]) -> str:
+    """A group, or all experts' pairs of one stack."""
+    first = alike[0]
+    names = "+".join(m.name.rpartition(".")[2] for m in first.group.members)
+    if first.group.stack is not None:
+        names = f"{len(alike)} experts' {names}"
+    if first.allocation.rank is None:
+        return f"{names} dense"
+    errors = sorted(f"{entry.relative_error:.2f}" for entry in alike)
+    span = errors[0] if errors[0] == errors[-1] else f"{errors[0]} to {errors[-1]}"
+    return f"{names} {first.allocation.rank} ({span})"
 
 
 def save_plan(plan: list[GroupPlan], path: Path) -> None:

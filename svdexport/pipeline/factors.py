@@ -17,7 +17,7 @@ from svdexport.core.lowrank import FactorPair, break_even_rank
 from svdexport.core.moments import Statistic
 from svdexport.core.noise import noise_model
 from svdexport.core.ranks import ALONE, Ranks
-from svdexport.errors import InputError
+from svdexport.errors import InputError, RecipeError
 from svdexport.factorize import METHODS, GroupData
 from svdexport.files import atomic_file
 from svdexport.models.blocks import InputGroup, Structure, matches, select
@@ -42,7 +42,21 @@ def chosen_groups(recipe: Recipe, structure: Structure) -> list[InputGroup]:
     only = method.only if method else ()
     if only:
         return select(structure, compress.targets, compress.ignore, False, only)
-    return select(structure, compress.targets, compress.ignore, compress.group)
+    chosen = select(structure, compress.targets, compress.ignore, compress.group)
+    if any(group.stack for group in chosen):
+        _check_experts(recipe)
+    return chosen
+
+
+def _check_experts(recipe: Recipe) -> None:
+    """What walks the model and its compressed self side by side needs the same tokens in both."""
+    walks = ["compress.sequential"] if recipe.compress.sequential else []
+    walks += ["refine sequential_ls" for entry in recipe.refine if entry.method == "sequential_ls"]
+    if walks:
+        raise RecipeError(
+            f"{walks[0]}: cannot be used on the experts of a mixture, to which the compressed "
+            r"model may send other tokens; leave it out, or add 're:\.experts\.' to compress.ignore"
+        )
 
 
 def statistics(recipe: Recipe) -> frozenset[Statistic]:
@@ -148,7 +162,7 @@ class Factorizer:
             for group in groups:
                 shape = tuple((m.out_features, m.in_features) for m in group.members)
                 alone = i if any(matches(m.name, apart) for m in group.members) else None
-                kinds.setdefault((kind(group), shape, alone), []).append((i, group))
+                kinds.setdefault((_place(group), shape, alone), []).append((i, group))
         yield from kinds.values()
 
     def _decompose(self, data: Sequence[GroupData]) -> list[Decomposition]:
@@ -162,6 +176,8 @@ class Factorizer:
     ) -> dict[str, Tensor]:
         errors = relative_errors(data.weights, found, data.inputs)
         tensors = _pack(group.leader, found, errors) | _importance(group, found, moments)
+        if group.leader in moments.few:
+            tensors[f"{group.leader}.few"] = torch.tensor(moments.few[group.leader])
         if moments.similarity is not None:
             tensors[f"{group.leader}.similarity"] = torch.tensor(moments.similarity).double()
         if self.recipe.compress.by_bytes:
@@ -195,6 +211,13 @@ def shares(work: list[Alike], count: int) -> list[list[Alike]]:
 def kind(group: InputGroup) -> str:
     """What the group is called in every block: ``q_proj+k_proj+v_proj``."""
     return "+".join(member.name.rpartition(".")[2] for member in group.members)
+
+
+def _place(group: InputGroup) -> str:
+    """The same, and for a linear of an expert which expert: unlike ones share nothing."""
+    if group.stack is None:
+        return kind(group)
+    return ".".join(group.leader.rsplit(".", 2)[1:])
 
 
 def moments_for(
@@ -310,17 +333,21 @@ def importance(structure: Structure, folder: Path) -> dict[str, Tensor]:
 
 
 def moment_trouble(structure: Structure, folder: Path) -> Iterator[str]:
-    """What was odd about the moments: those that needed damping, and channels without a signal."""
+    """What was odd about the moments: those that needed damping, channels without a signal, and
+    experts that got few tokens."""
     dampings: list[float] = []
+    few: list[int] = []
     dead: dict[str, int] = {}
     for block in range(len(structure.blocks)):
         if not factors_file(folder, block).exists():
             continue
         for name, tensor in read_factors(
-            factors_file(folder, block), (".damping", ".inputs")
+            factors_file(folder, block), (".damping", ".inputs", ".few")
         ).items():
             if name.endswith(".damping"):
                 dampings.append(float(tensor))
+            elif name.endswith(".few"):
+                few.append(int(tensor))
             elif count := int((tensor == 0).sum()):
                 dead[name.removesuffix(".inputs")] = count
     damped = [value for value in dampings if value > INPUT_DAMPING]
@@ -328,6 +355,11 @@ def moment_trouble(structure: Structure, folder: Path) -> Iterator[str]:
         yield (
             f"{len(damped)} of {len(dampings)} moments were singular and were damped, by up to "
             f"{max(damped):.0e} of their mean eigenvalue"
+        )
+    if few:
+        yield (
+            f"{len(few)} linears of experts got fewer calibration tokens than they have input "
+            f"channels (the least {min(few)}): the moments of all experts of their layer stand in"
         )
     if dead:
         some = ", ".join(list(dead)[:3]) + (", ..." if len(dead) > 3 else "")
