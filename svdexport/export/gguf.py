@@ -10,6 +10,7 @@ from __future__ import annotations
 from svdexport.errors import InputError
 from svdexport.export import gguf_stock
 from svdexport.export.base import Exported, ExportRequest
+from svdexport.export.gguf_fuse import ARCHITECTURES, fuse_qkv
 from svdexport.export.gguf_importance import read_importance
 from svdexport.export.gguf_layout import Layout, LayoutBuilder
 from svdexport.export.gguf_packed import ready_tensors
@@ -50,6 +51,8 @@ def export(request: ExportRequest) -> Exported:
     elif spec.form == LORA_FORM:
         changed |= gguf_stock.remainders(request.checkpoint, places, base)
     kept = places if spec.form == "pairs" else []
+    if spec.fuse_qkv and base.architecture in ARCHITECTURES:
+        kept = fuse_qkv(kept, request.checkpoint, base.tensors)
     importance = read_importance(request.work if spec.importance else None, plan.matches)
     ready = ready_tensors(PackedFolder.open(request.packed), plan.matches, kept)
     builder = LayoutBuilder(base, request.checkpoint, types, kept, changed, importance, ready)

@@ -42,6 +42,7 @@ class PairPlace:
         a: tensor name of A; a shared one is the same for all members.
         b: tensor name of B.
         match: where the dense matrix stood in the base.
+        rows: those of B, where several linears share one tensor (``gguf_fuse``); else None.
     """
 
     linear: str
@@ -49,6 +50,7 @@ class PairPlace:
     a: str
     b: str
     match: Match
+    rows: slice | None = None
 
 
 class Ready(Protocol):
@@ -133,8 +135,11 @@ class LayoutBuilder:
         self._checkpoint = checkpoint
         self._types = types
         self._places: dict[str, list[PairPlace]] = {}
+        self._fused: dict[str, list[PairPlace]] = {}
         for place in places:
             self._places.setdefault(place.match.tensor, []).append(place)
+            if place.rows is not None:
+                self._fused.setdefault(place.b, []).append(place)
         self._changed = changed
         self._importance = importance
         self._ready = ready
@@ -185,12 +190,13 @@ class LayoutBuilder:
                 ),
                 None if stack else self._importance.of_first(place.leader),
             )
+        parts = sorted(self._fused.get(place.b, []), key=_first_row) or places
         self._add(
             place.b,
-            (rank, n_out, *stack),
+            (rank, n_out if stack else sum(self._pair(p).out_features for p in parts), *stack),
             self._types.b,
             lambda: np.concatenate(
-                [p.match.to_file(floats(checkpoint, f"{p.linear}.lr_b.weight")) for p in places]
+                [p.match.to_file(floats(checkpoint, f"{p.linear}.lr_b.weight")) for p in parts]
             ),
             None if stack else self._importance.of_second(place.leader, rank),
         )
@@ -267,6 +273,10 @@ class LayoutBuilder:
     def _note_packed(self) -> None:
         for type_name, count in sorted(self._packed.items()):
             self._layout.notes.append(f"{count} tensors hold the run's own {type_name} values")
+
+
+def _first_row(place: PairPlace) -> int:
+    return place.rows.start if place.rows else 0
 
 
 def _by_expert(places: list[PairPlace], info: GgufTensor) -> list[PairPlace]:

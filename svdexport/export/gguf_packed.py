@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from svdexport.errors import InputError
 from svdexport.export.gguf_layout import PairPlace
 from svdexport.export.gguf_match import Match
 from svdexport.export.gguf_types import NOT_QUANTISED
@@ -38,11 +39,24 @@ def ready_tensors(
 
     for name, match in matches.items():
         add(match.tensor, name, match)
+    second: dict[str, list[PairPlace]] = {}
     for place in places:
         if place.match.expert is None:
             add(place.a, f"{place.leader}.lr_a.weight", None)
-            add(place.b, f"{place.linear}.lr_b.weight", place.match)
+            second.setdefault(place.b, []).append(place)
+    for b, members in second.items():
+        members.sort(key=lambda place: place.rows.start if place.rows else 0)
+        parts = [(f"{place.linear}.lr_b.weight", place.match) for place in members]
+        kinds = {packed.kinds.get(name) for name, _ in parts}
+        if len(kinds) > 1:
+            raise InputError(f"{b}: its linears were quantised to different types; fuse_qkv: false")
+        if (kind := kinds.pop()) is not None:
+            ready[b] = Ready(kind, _stacked([_rows(packed, *part) for part in parts]))
     return ready
+
+
+def _stacked(parts: list[Callable[[], np.ndarray]]) -> Callable[[], np.ndarray]:
+    return lambda: np.concatenate([rows() for rows in parts])
 
 
 def _rows(packed: PackedFolder, name: str, match: Match | None) -> Callable[[], np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import MissingExtraError
 from svdexport.export.base import TensorRecord
+from svdexport.export.gguf_fuse import fuse_qkv
 from svdexport.export.gguf_layout import PairPlace
 from svdexport.export.gguf_plan import make_plan
 from svdexport.runtimes.gguf_file import adapter_of
@@ -27,14 +28,16 @@ def read_back(
     plan = make_plan(checkpoint, source, source_gguf, work)
     reader = _Reader(path)
     done = set()
-    for place in plan.places:
+    fused = fuse_qkv(plan.places, checkpoint, plan.base.file.tensors)
+    for apart, together in zip(plan.places, fused, strict=True):
+        place = together if together.b in reader.tensors else apart
         if place.b not in reader.tensors:
             yield f"{place.linear}.weight", _stock_weight(reader, place)
             continue
         if place.leader not in done:
             done.add(place.leader)
             yield f"{place.leader}.lr_a.weight", reader.values(place.a, place.match.expert)
-        b = reader.values(place.b, place.match.expert)
+        b = reader.values(place.b, place.match.expert)[place.rows or slice(None)]
         yield f"{place.linear}.lr_b.weight", place.match.from_file(b)
     compressed = {f"{place.linear}.weight" for place in plan.places}
     for name, match in plan.matches.items():

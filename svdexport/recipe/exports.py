@@ -42,6 +42,8 @@ class GgufExport(_Section):
     and ``stock_lora`` the quantised remainder W - B A with the pairs as a LoRA adapter in a
     second file, both for an unchanged llama.cpp. ``importance``: weight the quantisation error of
     each input channel by its mean square in the calibration, for the types that take weights.
+    ``fuse_qkv``: q, k and v that share an A stand in the file as one pair, which is two products
+    for llama.cpp instead of four; without it LoRA adapters of q, k or v can be put on the file.
     """
 
     format: Literal["gguf"] = "gguf"
@@ -52,6 +54,7 @@ class GgufExport(_Section):
     head_type: GgufType | None = None
     form: Literal["pairs", "stock", "stock_lora"] = "pairs"
     importance: bool = True
+    fuse_qkv: bool = True
 
     @property
     def label(self) -> str:
@@ -65,7 +68,8 @@ class GgufExport(_Section):
         given = [f"-{key}-{value}" for key, value in parts.items() if value is not None]
         form = "" if self.form == "pairs" else f"-{self.form.replace('_', '-')}"
         plain = "" if self.importance else "-plain"
-        return f"{self.type}{''.join(given)}{form}{plain}"
+        apart = "" if self.fuse_qkv else "-apart"
+        return f"{self.type}{''.join(given)}{form}{plain}{apart}"
 
 
 class OnnxExport(_Section):

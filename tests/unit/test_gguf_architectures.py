@@ -32,14 +32,14 @@ DEMO = {"vocab_size": DEMO_VOCABULARY}
 EXPERTS = {"num_experts_per_tok": 2, "sliding_window": None}
 # model, configuration, factor tensors of a block (A and B)
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "qwen3": ("Qwen3", {"head_dim": 16}, 11),
-    "gemma2": ("Gemma2", GEMMA, 11),
-    "gemma3": ("Gemma3", {**GEMMA, "num_hidden_layers": 6}, 11),
+    "qwen3": ("Qwen3", {"head_dim": 16}, 9),
+    "gemma2": ("Gemma2", GEMMA, 9),
+    "gemma3": ("Gemma3", {**GEMMA, "num_hidden_layers": 6}, 9),
     "phi3": ("Phi3", {}, 8),
-    "olmo2": ("Olmo2", DEMO, 11),
-    "stablelm": ("StableLm", DEMO, 11),
+    "olmo2": ("Olmo2", DEMO, 9),
+    "stablelm": ("StableLm", DEMO, 9),
     "gpt2": ("GPT2", {**DEMO, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_ctx": 256}, 8),
-    "mixtral": ("Mixtral", {**EXPERTS, "num_local_experts": 4}, 6),
+    "mixtral": ("Mixtral", {**EXPERTS, "num_local_experts": 4}, 4),
     "qwen2moe": (
         "Qwen2Moe",
         {
@@ -49,7 +49,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
             "moe_intermediate_size": 64,
             "shared_expert_intermediate_size": 96,
         },
-        12,
+        10,
     ),
 }
 

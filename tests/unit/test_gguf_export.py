@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,13 +72,32 @@ def test_pairs_compute_what_torch_computes(
     source = sources(name)
     checkpoint, reference = compress(source, tmp_path / "small", rank=24, group=group)
     made = export(checkpoint, source, tmp_path / "out.gguf", type="F32")
-    shared = [tensor for tensor in made.tensors if ".attn_qkv.lr_a" in tensor]
-    assert len(shared) == (2 if group else 0)
+    for factor in ("a", "b"):  # q, k and v as one pair
+        fused = [tensor for tensor in made.tensors if f".attn_qkv.lr_{factor}" in tensor]
+        assert len(fused) == (2 if group else 0)
     runtime = LlamaCppRuntime(made.path, threads=1, context=64, exact=True)
     assert runtime.vocab_size == VOCABULARY
     assert_close(runtime.logits(TOKENS), torch_logits(reference, TOKENS))
     runtime.close()
     assert gguf.check_round_trip(made.path, made.tensors) == []
+
+
+@needs_pairs
+@pytest.mark.parametrize("name", MODELS)
+def test_pairs_apart_share_their_a(
+    name: str, sources: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = sources(name)
+    checkpoint, reference = compress(source, tmp_path / "small", rank=24)
+    made = export(checkpoint, source, tmp_path / "out.gguf", type="F32", fuse_qkv=False)
+    assert sum(".attn_qkv.lr_a" in tensor for tensor in made.tensors) == 2
+    assert sum(re.search(r"attn_[qkv]\.lr_b", tensor) is not None for tensor in made.tensors) == 6
+    runtime = LlamaCppRuntime(made.path, threads=1, context=64, exact=True)
+    assert_close(runtime.logits(TOKENS), torch_logits(reference, TOKENS))
+    runtime.close()
+    opened = Checkpoint.open(checkpoint)
+    for key, values in gguf.read_back(made.path, opened, source, None, work_of(source)):
+        assert np.array_equal(values, opened.tensor(key).numpy()), key
 
 
 def test_dense_twin_computes_what_torch_computes(llama: Path, tmp_path: Path) -> None:

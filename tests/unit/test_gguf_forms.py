@@ -85,11 +85,11 @@ def test_a_rank_that_a_type_cannot_hold_is_reported(tmp_path: Path) -> None:
     checkpoint, _ = compress(source, tmp_path / "small", rank=40)
     made = export(checkpoint, source, tmp_path / "out.gguf", type="Q4_K")
     types = {name: record.type for name, record in made.tensors.items()}
-    assert types["blk.0.attn_q.lr_b.weight"] == "F16"  # 40 is no multiple of 32
+    assert types["blk.0.attn_qkv.lr_b.weight"] == "F16"  # 40 is no multiple of 32
     assert types["blk.0.ffn_down.lr_a.weight"] == "Q5_0"  # rows of 96: llama.cpp's own fallback
     assert types["blk.0.attn_qkv.lr_a.weight"] == "Q4_K"
     notes = "\n".join(made.notes)
-    assert "blk.N.attn_q.lr_b.weight: 2 of type F16 instead of Q4_K" in notes
+    assert "blk.N.attn_qkv.lr_b.weight: 2 of type F16 instead of Q4_K" in notes
     assert "blk.N.ffn_down.lr_a.weight: 2 of type Q5_0 instead of Q4_K" in notes
 
 

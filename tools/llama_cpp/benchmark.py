@@ -84,7 +84,10 @@ def pair_shapes(
         n_in = linears[members[0]][1]
         k = rank(sum(linears[member][0] for member in members), n_in, kept, multiple)
         out[f"{name}.lr_a"] = (k, n_in)
-        out |= {f"{member}.lr_b": (linears[member][0], k) for member in members}
+        if name == "attn_qkv":  # one pair: llama.cpp takes the fused weight too
+            out[f"{name}.lr_b"] = (sum(linears[member][0] for member in members), k)
+        else:
+            out |= {f"{member}.lr_b": (linears[member][0], k) for member in members}
     return out
 
 
@@ -212,7 +215,7 @@ def main() -> int:
     parser.add_argument("--types", default="F16,Q8_0,Q4_0,Q4_K")
     parser.add_argument("--kept", type=float, default=0.5, help="share of the linears' parameters")
     parser.add_argument("--multiple", type=int, help="of the ranks, else what suits the type")
-    parser.add_argument("--shared", action="store_true", help="q, k, v and gate, up share an A")
+    parser.add_argument("--shared", action="store_true", help="q, k, v as one pair, gate and up with one A")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--rounds", type=int, default=9)
@@ -234,7 +237,7 @@ def main() -> int:
         for kind in args.types.split(","):
             multiple = args.multiple or MULTIPLE.get(kind, 32)
             layer = pair_shapes(shape, args.kept, multiple, args.shared)
-            name = f"{args.shape}-{args.kept}-{multiple}{'-shared' if args.shared else ''}"
+            name = f"{args.shape}-{args.kept}-{multiple}{'-fused' if args.shared else ''}"
             files = {f"{args.shape}-dense": shape.linears(), name: layer}
             models = []
             for stem, tensors in files.items():
