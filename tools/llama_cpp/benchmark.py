@@ -215,7 +215,9 @@ def main() -> int:
     parser.add_argument("--types", default="F16,Q8_0,Q4_0,Q4_K")
     parser.add_argument("--kept", type=float, default=0.5, help="share of the linears' parameters")
     parser.add_argument("--multiple", type=int, help="of the ranks, else what suits the type")
-    parser.add_argument("--shared", action="store_true", help="q, k, v as one pair, gate and up with one A")
+    parser.add_argument(
+        "--shared", action="store_true", help="q, k, v as one pair, gate and up with one A"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--rounds", type=int, default=9)
