@@ -16,7 +16,9 @@ from torch import Tensor
 
 from svdexport.allocate import STRATEGIES, Allocation, Candidate
 from svdexport.checkpoint import EmbeddingSpec, PairSpec
-from svdexport.factorize import split_outputs
+from svdexport.core.gauge import mixed, mixed_squares
+from svdexport.core.lowrank import FactorPair
+from svdexport.factorize import METHODS, split_outputs
 from svdexport.files import write_atomic
 from svdexport.models.blocks import InputGroup, Structure
 from svdexport.pipeline.factors import chosen_groups, factors_file, pair_at, read_factors
@@ -187,11 +189,22 @@ def pair_tensors(
                 continue
             leader = entry.group.leader
             pair = pair_at(compress, tensors, leader, rank)
+            if not METHODS[compress.method].embedding:  # which is a table of rows, not a product
+                pair = FactorPair(*mixed(pair.a, pair.b))
             made[f"{leader}.lr_a.weight"] = pair.a
             sizes = [member.out_features for member in entry.group.members]
             for member, part in zip(entry.group.members, split_outputs(pair.b, sizes), strict=True):
                 made[f"{member.name}.lr_b.weight"] = part.contiguous()
         yield made
+
+
+def mixed_importance(plan: list[GroupPlan], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The quantisers' weights with those of A x as they are in the pairs that were made."""
+    ranks = {f"{e.group.leader}.rank": e.allocation.rank for e in plan}
+    return {
+        name: mixed_squares(values[:rank]) if (rank := ranks.get(name)) else values
+        for name, values in found.items()
+    }
 
 
 def strategy(plan: list[GroupPlan]) -> Iterator[str]:

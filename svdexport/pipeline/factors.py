@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from svdexport.allocate import STRATEGIES
 from svdexport.core.decompose import INPUT_DAMPING, Decomposition, relative_errors
+from svdexport.core.gauge import in_even_gauge
 from svdexport.core.lowrank import FactorPair, break_even_rank
 from svdexport.core.moments import Statistic
 from svdexport.core.noise import noise_model
@@ -174,6 +175,8 @@ class Factorizer:
     def _tensors(
         self, group: InputGroup, data: GroupData, found: Decomposition, moments: BlockMoments
     ) -> dict[str, Tensor]:
+        if METHODS[self.recipe.compress.method].factorize_across is None:  # else: one basis for all
+            found = in_even_gauge(found, data.inputs)
         errors = relative_errors(data.weights, found, data.inputs)
         tensors = _pack(group.leader, found, errors) | _importance(group, found, moments)
         if group.leader in moments.few:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svdexport.checkpoint import Checkpoint
+from svdexport.core.gauge import balance, mixed
 from svdexport.core.moments import Statistic
 from svdexport.export.checkpoint import write_checkpoint
 from svdexport.factorize import METHODS
@@ -27,6 +29,7 @@ from svdexport.pipeline.job import Job, ModelUnderWork, key
 from svdexport.recipe import Recipe, Refine
 from svdexport.recipe.refiners import Training
 from svdexport.refine import REFINERS, Refined, RefineData
+from svdexport.refine.pairs import set_pair
 
 MOMENTS: frozenset[Statistic] = frozenset({"inputs", "gradients"})
 _NOTES = TypeAdapter(tuple[str, ...])
@@ -73,10 +76,11 @@ def run_refinement(
         ) -> None:
             scratch.mkdir(parents=True, exist_ok=True)
             found, student = _refine(job, model, begin, tokens, config, scratch)
-            _write(model, begin, found, out)
             if out == job.work / "refined":
+                found = _in_gauge(found, student, Checkpoint.open(begin).groups())
                 calibration = load_file(tokens)["calibration"]
                 save_file(_importance(student, calibration, batch), importance)
+            _write(model, begin, found, out)
             _drop_state(scratch)
             write_atomic(record, _NOTES.dump_json(found.notes))
             for note in found.notes:
@@ -151,6 +155,23 @@ def _write(model: ModelUnderWork, begin: Path, found: Refined, out: Path) -> Non
     shutil.rmtree(out, ignore_errors=True)
     merged = ((name, found.tensors.get(name, value)) for name, value in opened.iter_tensors())
     write_checkpoint(out, model.source.folder, opened.config, merged)
+
+
+def _in_gauge(found: Refined, student: Decoder, groups: dict[str, list[str]]) -> Refined:
+    """The pairs in a gauge in which quantisation costs little, in the student too."""
+    tensors = dict(found.tensors)
+    for leader, members in groups.items():
+        first, seconds = f"{leader}.lr_a.weight", [f"{m}.lr_b.weight" for m in members]
+        if not {first, *seconds} <= tensors.keys():
+            continue
+        a, b = tensors[first], torch.cat([tensors[name] for name in seconds])
+        if len(a) <= min(a.shape[1], len(b)):  # a rank beyond the matrix's own has no balance
+            a, b = mixed(*balance(a, b))
+            tensors[first] = a
+            parts = torch.split(b, [len(tensors[name]) for name in seconds])
+            tensors |= dict(zip(seconds, parts, strict=True))
+            set_pair(student.module, leader, members, a, b)
+    return dataclasses.replace(found, tensors=tensors)
 
 
 def _text(job: Job, model: ModelUnderWork, tokens: Path, config: Refine, scratch: Path) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdexport.core.decompose import decompose
+from svdexport.core.decompose import Decomposition, decompose
+from svdexport.core.gauge import in_even_gauge, mixed
 from svdexport.core.moments import CrossMoments
 from svdexport.core.sequence import sequence_target
 from svdexport.factorize import split_outputs
@@ -32,6 +33,11 @@ def fitted_dense(model: ModelUnderWork, plan: list[GroupPlan]) -> list[str]:
         for member in entry.group.members
         if not is_transposed(model.weights.model.get_submodule(member.name))
     ]
+
+
+def _in_gauge(found: Decomposition, moment: Tensor) -> tuple[Tensor, Tensor]:
+    even = in_even_gauge(found, moment)
+    return mixed(even.a, even.b)
 
 
 def refactor_in_sequence(
@@ -66,12 +72,13 @@ def refactor_in_sequence(
             max_rank=rank,
             output_damping=recipe.compress.damping,
         )
-        second = split_outputs(found.b, sizes)
-        made[f"{group.leader}.lr_a.weight"] = found.a
+        a, b = _in_gauge(found, moments.compressed)
+        second = split_outputs(b, sizes)
+        made[f"{group.leader}.lr_a.weight"] = a
         made.update(
             {f"{m.name}.lr_b.weight": b for m, b in zip(group.members, second, strict=True)}
         )
-        return [b @ found.a for b in second]
+        return [part @ a for part in second]
 
     walk = Walk(
         model.weights,

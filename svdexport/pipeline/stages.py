@@ -240,7 +240,8 @@ def _assemble(
     tensors = assembled(model.checkpoint, low_rank, made, replaced)
     write_checkpoint(checkpoint, model.source.folder, config, tensors)
     compress.save_plan(plan, plan_file)
-    save_file(importance(model.structure, factors), job.work / IMPORTANCE)
+    weights = compress.mixed_importance(plan, importance(model.structure, factors))
+    save_file(weights, job.work / IMPORTANCE)
     trouble = list(moment_trouble(model.structure, factors))
     write_atomic(job.work / TROUBLE, json.dumps(trouble))
     for line in (*compress.strategy(plan), *trouble):
