@@ -9,7 +9,7 @@ H where the outputs are fewer, none of G where the inputs are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from svdexport.core.lowrank import FactorPair
 
 INPUT_DAMPING = 1e-6  # of H's mean eigenvalue: only against singularity
 MAX_RETRIES = 12
+ROWS = 2048  # of a stacked weight that are in float64 at once: it may be a gigabyte as a whole
 
 
 @dataclass(frozen=True)
@@ -80,20 +81,17 @@ def decompose(
             their mean eigenvalue, since few gradients leave directions that seem free.
         max_rank: factors are kept up to this rank; energies always in full.
     """
-    stacked = torch.cat([w.double() for w in weights])
-    m, n = stacked.shape
+    m, n = sum(len(w) for w in weights), weights[0].shape[1]
     limit = min(m, n, max_rank or min(m, n))
-    metrics = None
-    if output_moments is not None:
-        metrics = [_damped(g.double(), output_damping) for g in output_moments]
     if n <= m:
-        return _by_inputs(stacked, input_moment, metrics, limit)
-    return _by_outputs(stacked, input_moment, metrics, limit)
+        return _by_inputs(weights, input_moment, output_moments, output_damping, limit)
+    return _by_outputs(weights, input_moment, output_moments, output_damping, limit)
 
 
-def _damped(moment: Tensor, damping: float) -> Tensor:
+def damping_of(moment: Tensor, damping: float) -> float:
+    """What to add to the diagonal: ``damping`` of the mean eigenvalue, 1 for a zero moment."""
     mean = float(moment.diagonal().mean())
-    return _plus_diagonal(moment, damping * mean if mean > 0.0 else 1.0)
+    return damping * mean if mean > 0.0 else 1.0
 
 
 def _plus_diagonal(matrix: Tensor, value: float) -> Tensor:
@@ -104,35 +102,69 @@ def _plus_diagonal(matrix: Tensor, value: float) -> Tensor:
 
 
 def _by_inputs(
-    weight: Tensor, input_moment: Tensor | None, metrics: list[Tensor] | None, limit: int
+    weights: Sequence[Tensor],
+    input_moment: Tensor | None,
+    output_moments: Sequence[Tensor] | None,
+    output_damping: float,
+    limit: int,
 ) -> Decomposition:
     """n <= m. With H = S S^T and V the eigenvectors of S^T W^T G W S: B = W S V, A = V^T S^-1."""
     root, damping = None, 0.0
     if input_moment is not None:
         root, damping = damped_cholesky(input_moment.double(), INPUT_DAMPING)
-    weighted = weight if metrics is None else _apply_blocks(metrics, weight)
-    gram = weight.T @ weighted
+    gram = _gram(weights, output_moments, output_damping)
     if root is not None:
         gram = root.T @ gram @ root
     energies, vectors = eigen_descending(gram)
     v = vectors[:, :limit]
     if root is None:
-        a, b = v.T, weight @ v
+        a, right = v.T, v
     else:
         a = torch.linalg.solve_triangular(root, v.T, upper=False, left=False)
-        b = weight @ (root @ v)
-    return Decomposition(a.float().contiguous(), b.float().contiguous(), energies, damping)
+        right = root @ v
+    b = torch.cat([(rows.double() @ right).float() for rows in _row_blocks(weights)])
+    return Decomposition(a.float().contiguous(), b, energies, damping)
+
+
+def _gram(
+    weights: Sequence[Tensor], moments: Sequence[Tensor] | None, output_damping: float
+) -> Tensor:
+    """W^T G W of the stacked weights with damped G, (n, n); no copy of a G, which may be large."""
+    gram = torch.zeros((weights[0].shape[1],) * 2, dtype=torch.float64)
+    if moments is None:
+        for rows in _row_blocks(weights):
+            gram += rows.double().T @ rows.double()
+        return gram
+    for weight, moment in zip(weights, moments, strict=True):
+        full, add = weight.double(), damping_of(moment, output_damping)
+        for rows, metric in zip(torch.split(full, ROWS), torch.split(moment, ROWS), strict=True):
+            gram += rows.T @ (metric.double() @ full + add * rows)
+    return gram
+
+
+def _row_blocks(weights: Sequence[Tensor]) -> Iterator[Tensor]:
+    for weight in weights:
+        yield from torch.split(weight, ROWS)
 
 
 def _by_outputs(
-    weight: Tensor, input_moment: Tensor | None, metrics: list[Tensor] | None, limit: int
+    weights: Sequence[Tensor],
+    input_moment: Tensor | None,
+    output_moments: Sequence[Tensor] | None,
+    output_damping: float,
+    limit: int,
 ) -> Decomposition:
     """m < n. With G = L L^T and U the eigenvectors of L^T W H W^T L: B = L^-T U, A = U^T L^T W."""
+    weight = torch.cat([w.double() for w in weights])
     product = weight if input_moment is None else weight @ input_moment.double()
     gram = product @ weight.T
+    del product
     root = None
-    if metrics is not None:
-        roots = [damped_cholesky(g, 0.0)[0] for g in metrics]
+    if output_moments is not None:
+        roots = [
+            damped_cholesky(_plus_diagonal(g.double(), damping_of(g, output_damping)), 0.0)[0]
+            for g in output_moments
+        ]
         root = torch.block_diag(*roots)  # type: ignore[no-untyped-call]
         gram = root.T @ gram @ root
     energies, vectors = eigen_descending(gram)
@@ -140,14 +172,9 @@ def _by_outputs(
     if root is None:
         a, b = u.T @ weight, u
     else:
-        a = u.T @ (root.T @ weight)
+        a = (root @ u).T @ weight
         b = torch.linalg.solve_triangular(root.T, u, upper=True)
     return Decomposition(a.float().contiguous(), b.float().contiguous(), energies, 0.0)
-
-
-def _apply_blocks(blocks: list[Tensor], weight: Tensor) -> Tensor:
-    rows = torch.split(weight, [block.shape[0] for block in blocks])
-    return torch.cat([block @ part for block, part in zip(blocks, rows, strict=True)])
 
 
 def eigen_descending(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,16 +198,22 @@ def relative_errors(
     tr W H W^T - 2 sum_i (A H W^T B)_ii + sum_ij (A H A^T)_ij (B^T B)_ij over i, j <= k, so that
     cumulative sums give all ranks at once. Without H, X = I.
     """
-    weight = torch.cat([w.double() for w in weights])
-    a, b = decomposition.a.double(), decomposition.b.double()
+    a = decomposition.a.double()
     a_h = a if input_moment is None else a @ input_moment.double()
-    w_h = weight if input_moment is None else weight @ input_moment.double()
-    total = (w_h * weight).sum()
+    kept = a.shape[0]
+    total, cross = torch.zeros((), dtype=torch.float64), torch.zeros(kept, dtype=torch.float64)
+    b_b = torch.zeros((kept, kept), dtype=torch.float64)
+    at = 0
+    for part in _row_blocks(weights):
+        rows, b = part.double(), decomposition.b[at : at + len(part)].double()
+        at += len(part)
+        total += ((rows if input_moment is None else rows @ input_moment.double()) * rows).sum()
+        cross += ((rows @ a_h.T) * b).sum(dim=0)
+        b_b += b.T @ b
     if float(total) <= 0.0:
-        return torch.zeros(a.shape[0], dtype=torch.float64)
-    cross = ((a_h @ weight.T) * b.T).sum(dim=1).cumsum(0)
-    products = (a_h @ a.T) * (b.T @ b)
-    quadratic = products.cumsum(0).cumsum(1).diagonal()
+        return torch.zeros(kept, dtype=torch.float64)
+    cross = cross.cumsum(0)
+    quadratic = ((a_h @ a.T) * b_b).cumsum(0).cumsum(1).diagonal()
     return ((total - 2 * cross + quadratic).clamp_min(0.0) / total).sqrt()
 
 

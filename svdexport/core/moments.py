@@ -22,6 +22,13 @@ NEED_GRADIENTS: frozenset[Statistic] = frozenset({"gradients", "fisher"})
 _CHUNK = 1024  # rows per float32 product: keeps its rounding near 1e-6 of sqrt(H_ii H_jj)
 
 
+def _add_product(matrix: Tensor, x: Tensor, y: Tensor) -> None:
+    """matrix += x^T y, rows of the result one part after another: it may be a gigabyte."""
+    for start in range(0, matrix.shape[0], _CHUNK):
+        part = slice(start, start + _CHUNK)
+        matrix[part] += x[:, part].T @ y
+
+
 class Moment:
     """H = sum over rows x of x x^T, shape (n, n), float64.
 
@@ -37,7 +44,7 @@ class Moment:
         """Add rows: x of shape (..., n)."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         for chunk in torch.split(rows, _CHUNK):
-            self.matrix += chunk.T @ chunk
+            _add_product(self.matrix, chunk, chunk)
         self.rows += rows.shape[0]
 
     def share(self, ranks: Ranks) -> None:
@@ -67,7 +74,7 @@ class CrossMoments:
             own.add(x)
             other.add(y)
             for a, b in zip(torch.split(x, _CHUNK), torch.split(y, _CHUNK), strict=True):
-                cross += a.T @ b
+                _add_product(cross, a, b)
         return cls(own.matrix, other.matrix, cross)
 
 

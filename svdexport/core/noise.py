@@ -64,18 +64,18 @@ def noise_model(
     factors of :func:`svdexport.core.decompose.decompose`.
     """
     trace = feedback_trace(inputs, damping)
-    metrics = []
-    for g in gradients:
-        mean = float(g.diagonal().mean())
-        metrics.append(g.double() + output_damping * mean * torch.eye(len(g), dtype=torch.float64))
+    added = [output_damping * float(g.diagonal().mean()) for g in gradients]
+    traces = [float(g.trace()) + len(g) * add for g, add in zip(gradients, added, strict=True)]
     dense = trace * sum(
-        float(w.double().square().mean() * g.trace()) for w, g in zip(weights, metrics, strict=True)
+        float(w.double().square().mean()) * t for w, t in zip(weights, traces, strict=True)
     )
     a, b = found.a.double(), found.b.double()
     parts = torch.split(b, [len(w) for w in weights])
-    felt = sum((g @ part * part).sum(dim=0) for g, part in zip(metrics, parts, strict=True))
+    felt = torch.zeros(len(a), dtype=torch.float64)
+    for g, part, add in zip(gradients, parts, added, strict=True):
+        felt += ((g.double() @ part + add * part) * part).sum(dim=0)
     of_a = trace * torch.cumsum(a.square().mean(dim=1) * felt, dim=0)
     ranks = ((a @ inputs.double()) * a).sum(dim=1)
-    total = sum(float(g.trace()) for g in metrics) / len(b)
+    total = sum(traces) / len(b)
     of_b = total * torch.cumsum(ranks * b.square().sum(dim=0), dim=0)
     return NoiseModel(dense, of_a, of_b)

@@ -7,12 +7,18 @@ llama.cpp's quantiser gives.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+
+from svdexport.checkpoint import Checkpoint
 from svdexport.errors import InputError
 from svdexport.export import gguf_stock
 from svdexport.export.base import Exported, ExportRequest
 from svdexport.export.gguf_fuse import ARCHITECTURES, fuse_qkv
-from svdexport.export.gguf_importance import read_importance
-from svdexport.export.gguf_layout import Layout, LayoutBuilder
+from svdexport.export.gguf_importance import NO_IMPORTANCE, Importance, read_importance
+from svdexport.export.gguf_layout import Layout, LayoutBuilder, PairPlace, Ready
 from svdexport.export.gguf_packed import ready_tensors
 from svdexport.export.gguf_plan import changed_tensors, make_plan, unproven
 from svdexport.export.gguf_read import check_round_trip, read_back
@@ -42,33 +48,62 @@ def export(request: ExportRequest) -> Exported:
     plan = make_plan(request.checkpoint, request.source, request.source_gguf, request.work)
     base = plan.base.file
     changed = changed_tensors(request.checkpoint, request.source, plan)
-    types = Types.of(spec, tied="output.weight" not in base.tensors)
     places, out = plan.places, request.out
-    if spec.form != "pairs" and any(place.match.expert is not None for place in places):
-        raise InputError(f"{places[0].linear}: experts are written in form: pairs only")
     if spec.form == "stock":
         changed |= gguf_stock.dense_weights(request.checkpoint, places)
     elif spec.form == LORA_FORM:
         changed |= gguf_stock.remainders(request.checkpoint, places, base)
-    kept = places if spec.form == "pairs" else []
-    if spec.fuse_qkv and base.architecture in ARCHITECTURES:
-        kept = fuse_qkv(kept, request.checkpoint, base.tensors)
     importance = read_importance(request.work if spec.importance else None, plan.matches)
+    kept = pairs_of(spec, base, request.checkpoint, places)
     ready = ready_tensors(PackedFolder.open(request.packed), plan.matches, kept)
-    builder = LayoutBuilder(base, request.checkpoint, types, kept, changed, importance, ready)
-    layout = builder.build()
+    metadata, layout, types = assembled(
+        spec, base, request.checkpoint, places, kept, changed, importance, ready
+    )
     layout.notes += unproven(plan)
-    form = spec.form if places else "pairs"
-    number = file_type(spec.type, ((t.type, t.nbytes) for t in layout.tensors))
-    metadata = merged_metadata(base, number, form, layout if kept else None)
     records = write(out, metadata, layout.tensors, base.alignment)
     size = out.stat().st_size
-    if form == LORA_FORM:
+    if places and spec.form == LORA_FORM:
         beside = adapter_path(out)
-        records |= gguf_stock.write_adapter(beside, request.checkpoint, places, base, types)
+        parts = gguf_stock.adapter(request.checkpoint, places, base, types)
+        records |= write(beside, *parts, base.alignment)
         size += beside.stat().st_size
         layout.notes.append(f"the pairs stand in the LoRA adapter {beside.name}; both files belong")
     return Exported(out, "gguf", spec.label, size, records, tuple(layout.notes))
+
+
+def pairs_of(
+    spec: GgufExport, base: GgufFile, checkpoint: Checkpoint, places: list[PairPlace]
+) -> list[PairPlace]:
+    """The places of the pairs that the file of this form has as pairs."""
+    kept = places if spec.form == "pairs" else []
+    if spec.fuse_qkv and base.architecture in ARCHITECTURES:
+        return fuse_qkv(kept, checkpoint, base.tensors)
+    return kept
+
+
+def assembled(
+    spec: GgufExport,
+    base: GgufFile,
+    checkpoint: Checkpoint,
+    places: list[PairPlace],
+    kept: list[PairPlace],
+    changed: Mapping[str, Callable[[], np.ndarray]] = MappingProxyType({}),
+    importance: Importance = NO_IMPORTANCE,
+    ready: Mapping[str, Ready] = MappingProxyType({}),
+) -> tuple[list[bytes], Layout, Types]:
+    """Metadata and tensors of the file, no value computed yet; and the types that were chosen.
+
+    Args:
+        places: of all pairs. kept: of those that the file has as pairs.
+        changed, ready: tensors whose rows are not the base's, and those quantised before.
+    """
+    if spec.form != "pairs" and any(place.match.expert is not None for place in places):
+        raise InputError(f"{places[0].linear}: experts are written in form: pairs only")
+    types = Types.of(spec, tied="output.weight" not in base.tensors)
+    layout = LayoutBuilder(base, checkpoint, types, kept, changed, importance, ready).build()
+    form = spec.form if places else "pairs"
+    number = file_type(spec.type, ((t.type, t.nbytes) for t in layout.tensors))
+    return merged_metadata(base, number, form, layout if kept else None), layout, types
 
 
 def merged_metadata(

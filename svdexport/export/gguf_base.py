@@ -77,13 +77,17 @@ def exact_outtype(checkpoint: Checkpoint) -> str:
     return OUTTYPES.get(dtypes.pop(), "f32") if len(dtypes) == 1 else "f32"
 
 
-def convert(source: Path, out: Path, outtype: str) -> None:
+def convert(source: Path, out: Path, outtype: str, through: Path | None = None) -> None:
     """Run llama.cpp's converter; its output appears under ``out`` whole or not at all.
 
     It writes to a name of its own: where a run was killed, its converter may still be writing.
+
+    Args:
+        through: a program that is started in its place, with the converter's path first.
     """
+    programs = [str(converter())] if through is None else [str(through), str(converter())]
     with atomic_file(out) as part:
-        command = [sys.executable, str(converter()), str(source.resolve()), "--outtype", outtype]
+        command = [sys.executable, *programs, str(source.resolve()), "--outtype", outtype]
         done = subprocess.run(
             [*command, "--outfile", str(part)],
             check=False,

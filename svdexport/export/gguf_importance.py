@@ -41,10 +41,13 @@ class Importance:
         return None if linear is None else self.values.get(f"{linear}.inputs")
 
 
+NO_IMPORTANCE = Importance({}, {})
+
+
 def read_importance(work: Path | None, matches: dict[str, Match]) -> Importance:
     """The run's weights, floored; empty without a folder or where the run left none."""
     if work is None or not (work / FILE_NAME).exists():
-        return Importance({}, {})
+        return NO_IMPORTANCE
     from safetensors.numpy import load_file
 
     values = {}

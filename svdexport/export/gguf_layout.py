@@ -127,7 +127,7 @@ class LayoutBuilder:
         checkpoint: Checkpoint,
         types: Types,
         places: list[PairPlace],
-        changed: dict[str, Callable[[], np.ndarray]],
+        changed: Mapping[str, Callable[[], np.ndarray]],
         importance: Importance,
         ready: Mapping[str, Ready],
     ) -> None:

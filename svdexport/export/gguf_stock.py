@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from svdexport.checkpoint import Checkpoint
-from svdexport.export.base import TensorRecord
 from svdexport.export.gguf_layout import PairPlace, floats
 from svdexport.export.gguf_types import Types, held
-from svdexport.export.gguf_write import Planned, string, text, write
+from svdexport.export.gguf_write import Planned, string, text
 from svdexport.runtimes.gguf_file import F32, GgufFile
 
 
@@ -40,10 +38,10 @@ def remainders(
     return {place.match.tensor: remainder(place) for place in places}
 
 
-def write_adapter(
-    path: Path, checkpoint: Checkpoint, places: list[PairPlace], base: GgufFile, types: Types
-) -> dict[str, TensorRecord]:
-    """Write the pairs as a LoRA adapter GGUF; a shared A is repeated for each member.
+def adapter(
+    checkpoint: Checkpoint, places: list[PairPlace], base: GgufFile, types: Types
+) -> tuple[list[bytes], list[Planned]]:
+    """Metadata and tensors of a LoRA adapter of the pairs; a shared A is repeated for each member.
 
     Its alpha is 0, for which llama.cpp leaves B A as it is whatever the rank.
     """
@@ -62,7 +60,7 @@ def write_adapter(
         string("adapter.type", "lora"),
         text("adapter.lora.alpha") + struct.pack("<If", F32, 0.0),
     ]
-    return write(path, metadata, tensors, base.alignment)
+    return metadata, tensors
 
 
 def _product(checkpoint: Checkpoint, place: PairPlace) -> Callable[[], np.ndarray]:

@@ -80,19 +80,9 @@ def write(
     Raises:
         InputError: a tensor cannot be held in its type (the line names it).
     """
-    entries = list(metadata)
-    header = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(entries)) + b"".join(entries)
-    infos = bytearray()
-    offset = 0
-    for tensor in tensors:
-        kind = TYPE_NUMBERS[tensor.type]
-        infos += text(tensor.name) + struct.pack("<I", len(tensor.ne))
-        infos += struct.pack(f"<{len(tensor.ne)}QIQ", *tensor.ne, kind, offset)
-        offset += _padded(tensor.nbytes, alignment)
     records = {}
     with path.open("wb") as out:
-        out.write(header + infos)
-        out.write(bytes(_padded(out.tell(), alignment) - out.tell()))
+        out.write(header(metadata, tensors, alignment))
         for tensor in tensors:
             data = np.ascontiguousarray(_bytes_of(tensor)).data.cast("B")
             if data.nbytes != tensor.nbytes:
@@ -101,6 +91,26 @@ def write(
             out.write(data)
             out.write(bytes(_padded(data.nbytes, alignment) - data.nbytes))
     return records
+
+
+def header(metadata: Iterable[bytes], tensors: list[Planned], alignment: int) -> bytes:
+    """What stands before the data, padding included."""
+    entries = list(metadata)
+    found = bytearray(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(entries)))
+    found += b"".join(entries)
+    offset = 0
+    for tensor in tensors:
+        kind = TYPE_NUMBERS[tensor.type]
+        found += text(tensor.name) + struct.pack("<I", len(tensor.ne))
+        found += struct.pack(f"<{len(tensor.ne)}QIQ", *tensor.ne, kind, offset)
+        offset += _padded(tensor.nbytes, alignment)
+    return bytes(found) + bytes(_padded(len(found), alignment) - len(found))
+
+
+def file_bytes(metadata: Iterable[bytes], tensors: list[Planned], alignment: int) -> int:
+    """Size of the file that :func:`write` would make."""
+    data = sum(_padded(tensor.nbytes, alignment) for tensor in tensors)
+    return len(header(metadata, tensors, alignment)) + data
 
 
 def _bytes_of(tensor: Planned) -> np.ndarray:

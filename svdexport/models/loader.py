@@ -96,6 +96,29 @@ def convert_gguf(gguf: Path, folder: Path, dtype: torch.dtype = torch.float32) -
     making.replace(folder)
 
 
+def configuration_of(gguf: Path, folder: Path) -> Path:
+    """A folder with the config.json of a GGUF's model; its tensors are not read.
+
+    Raises InputError where transformers does not know the file's architecture.
+    """
+    try:
+        import gguf as _gguf  # noqa: F401 (transformers needs it)
+    except ImportError:
+        raise MissingExtraError("gguf", "reading a GGUF model") from None
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise InputError(f"{gguf}: transformers cannot read this GGUF ({error})") from None
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = "float32"
+    config.save_pretrained(folder)
+    return folder
+
+
 def split_as_llama_cpp(tokenizer: Any, gguf: Path) -> None:
     """Give the tokenizer the text splitting that the GGUF names (``tokenizer.ggml.pre``).
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from svdexport.allocate import uniform
-from svdexport.models.loader import Source, open_source
-from svdexport.models.shapes import Shapes, shapes_of
+from svdexport.models.loader import Source, configuration_of
+from svdexport.models.shapes import shapes_of
 from svdexport.pipeline import estimate
-from svdexport.pipeline.artifacts import artifact_name
 from svdexport.pipeline.compress import candidate
 from svdexport.pipeline.factors import chosen_groups
-from svdexport.pipeline.sizes import weight_bytes
-from svdexport.recipe import GgufExport, Recipe
+from svdexport.pipeline.sizes import exports_of
+from svdexport.recipe import Recipe
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
@@ -24,15 +22,15 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     Every strategy but ``uniform`` needs factors to choose ranks; until then the same budget is
     shown as uniform ranks, and ``ranks`` says so.
     """
+    compress = recipe.compress
     with tempfile.TemporaryDirectory(prefix="svdexport-") as scratch:
         source = _source(recipe, Path(scratch))
         shapes = shapes_of(source.folder, source.trust_remote_code)
-        dtype = _dtype(source.folder)
-    groups = chosen_groups(recipe, shapes.structure)
-    compress = recipe.compress
-    chosen = uniform.allocate(
-        [candidate(group) for group in groups], compress.kept, compress.rank_multiple
-    )
+        groups = chosen_groups(recipe, shapes.structure)
+        chosen = uniform.allocate(
+            [candidate(group) for group in groups], compress.kept, compress.rank_multiple
+        )
+        exports = exports_of(recipe, source, shapes, groups, chosen, Path(scratch))
     rows = []
     for group in groups:
         choice = chosen[group.leader]
@@ -61,7 +59,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         "params_dense": dense,
         "params": params,
         "kept": params / dense if dense else 1.0,  # without a method all stays dense
-        "exports": _exports(recipe, shapes, groups, chosen, dtype),
+        "exports": exports,
         "memory_bytes": estimate.memory_bytes(recipe, shapes),
         "seconds": estimate.seconds(recipe, shapes, groups),
     }
@@ -71,27 +69,5 @@ def _source(recipe: Recipe, work: Path) -> Source:
     """A folder is not opened further: its weights may not be there."""
     if recipe.model.path is not None:
         return Source(recipe.model.path, None, recipe.model.trust_remote_code)
-    return open_source(recipe.model, work)
-
-
-def _dtype(folder: Path) -> str:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
-
-
-def _exports(
-    recipe: Recipe, shapes: Shapes, groups: Any, chosen: Any, dtype: str
-) -> list[dict[str, Any]]:
-    budget = recipe.compress.budget
-    asked = None if budget is None else budget.bytes  # the one mixed file is given by its size
-    return [
-        {
-            "name": artifact_name(spec),
-            "format": spec.format,
-            "weight_bytes": asked
-            if asked is not None and isinstance(spec, GgufExport) and spec.type == "mixed"
-            else weight_bytes(spec, shapes, groups, chosen, dtype),
-            "dense_weight_bytes": weight_bytes(spec, shapes, [], {}, dtype),
-        }
-        for spec in recipe.export
-    ]
+    assert recipe.model.gguf is not None
+    return Source(configuration_of(recipe.model.gguf, work / "source"), recipe.model.gguf)

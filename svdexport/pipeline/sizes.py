@@ -1,33 +1,123 @@
-"""Bytes of the exports of a plan, from shapes alone.
+"""Bytes of the exports of a plan, from names and shapes alone.
 
-Exact are the tensors' bytes of a GGUF and of an ONNX folder: every pair, dense linear, embedding,
-head, norm and bias, in the types and blocks that the exporters give them. On top of these come
-what only the exporters know: a GGUF's metadata (mostly the tokenizer, a megabyte or two), an ONNX
-folder's two graphs and the padding between tensors (under 1 %). A model whose graph the
-onnxruntime-genai builder does not make, and architectures to which llama.cpp adds tensors of its
-own, are off by those.
+A GGUF's are exact to the byte, metadata and header included, where the model's tokenizer is there:
+llama.cpp's own converter writes the header, and the exporter lays out the tensors. Of an ONNX
+folder the tensors' bytes are exact (every pair, dense linear, embedding, head, norm and bias, in
+the types and blocks that the exporter gives them); its two graphs, the tokenizer's files and the
+padding between tensors come on top. Where the onnxruntime-genai builder does not make a model's
+graph, the tensors too may differ.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from svdexport.allocate import Allocation
+from svdexport.checkpoint import PairSpec
 from svdexport.core.grids_onnx import NBitsGrid
+from svdexport.errors import InputError, MissingExtraError
+from svdexport.export.gguf_size import exact_bytes, header_of
 from svdexport.export.gguf_types import NOT_QUANTISED, Types, held
 from svdexport.models.blocks import InputGroup
+from svdexport.models.loader import Source
 from svdexport.models.shapes import Shapes
-from svdexport.recipe import CheckpointExport, Export, GgufExport, OnnxExport
+from svdexport.pipeline.artifacts import artifact_name
+from svdexport.recipe import CheckpointExport, Export, GgufExport, OnnxExport, Recipe
 from svdexport.runtimes.ggml import row_bytes
+from svdexport.runtimes.gguf_file import GgufFile
 
 ONNX_BITS = {"int8": 8, "int4": 4, "int2": 2}
 ONNX_HEAD_BITS = 8  # of any quantised precision
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GGUF_PADDING = 32
 
+# what comes on top of the tensors' bytes, by format
+ON_TOP = {
+    "gguf": "tensors; metadata and header come on top",
+    "onnx": "tensors; graphs, tokenizer and padding come on top",
+    "checkpoint": "tensors; headers and tokenizer come on top",
+}
+
 Choice = dict[str, Allocation]
+
+
+def exports_of(
+    recipe: Recipe,
+    source: Source,
+    shapes: Shapes,
+    groups: list[InputGroup],
+    chosen: Choice,
+    work: Path,
+) -> list[dict[str, Any]]:
+    """For each export its bytes and those of its dense twin.
+
+    ``weight_bytes`` are those of the tensors; ``file_bytes`` those of the whole file, None where
+    they cannot be known; ``note`` says what is missing then.
+    """
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    asked = None if recipe.compress.budget is None else recipe.compress.budget.bytes
+    base: GgufFile | None = None
+    trouble = ""
+    if any(spec.format == "gguf" for spec in recipe.export):
+        try:
+            base = _base(source, shapes, dtype, work)
+        except (InputError, MissingExtraError) as error:
+            trouble = str(error)
+    found = []
+    for spec in recipe.export:
+        entry: dict[str, Any] = {
+            "name": artifact_name(spec),
+            "format": spec.format,
+            "weight_bytes": weight_bytes(spec, shapes, groups, chosen, dtype),
+            "dense_weight_bytes": weight_bytes(spec, shapes, [], {}, dtype),
+            "file_bytes": None,
+            "dense_file_bytes": None,
+            "note": ON_TOP[spec.format],
+        }
+        if isinstance(spec, GgufExport) and asked is not None and spec.type == "mixed":
+            entry |= {"weight_bytes": asked, "note": "the budget; types are chosen in the run"}
+        elif isinstance(spec, GgufExport):
+            entry |= _file(spec, base, groups, chosen, trouble)
+        found.append(entry)
+    return found
+
+
+def _base(source: Source, shapes: Shapes, dtype: str, work: Path) -> GgufFile:
+    if source.gguf is not None:
+        return GgufFile(source.gguf)
+    return header_of(source.folder, shapes.parameters, dtype, work)
+
+
+def _file(
+    spec: GgufExport,
+    base: GgufFile | None,
+    groups: list[InputGroup],
+    chosen: Choice,
+    trouble: str,
+) -> dict[str, Any]:
+    """Exact bytes of a GGUF, or why they are not known."""
+    if base is None:
+        return {"note": f"{ON_TOP['gguf']} ({trouble})"}
+    low_rank: dict[str, PairSpec] = {}
+    dims: dict[str, tuple[int, int]] = {}
+    for group in groups:
+        rank = chosen[group.leader].rank
+        if rank is not None:
+            low_rank |= {member.name: PairSpec(rank, group.leader) for member in group.members}
+            dims |= {m.name: (m.out_features, m.in_features) for m in group.members}
+    try:
+        return {
+            "file_bytes": exact_bytes(spec, base, low_rank, dims),
+            "dense_file_bytes": exact_bytes(spec, base, {}, {}),
+            "note": "exact",
+        }
+    except InputError as error:
+        return {"note": f"{ON_TOP['gguf']} ({error})"}
 
 
 def weight_bytes(

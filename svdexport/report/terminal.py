@@ -46,13 +46,12 @@ def plan_table(found: dict[str, Any]) -> RenderableType:
         "time here, roughly: "
         + ", ".join(f"{stage} {seconds(value)}" for stage, value in found["seconds"].items()),
     ]
-    sizes = _table(("file", False), ("weights, MB", True), ("dense twin, MB", True))
+    sizes = _table(
+        ("file", False), ("bytes", True), ("dense twin", True), ("what is counted", False)
+    )
     for item in found["exports"]:
-        sizes.add_row(
-            item["name"],
-            f"{item['weight_bytes'] / MEGA:,.1f}",
-            f"{item['dense_weight_bytes'] / MEGA:,.1f}",
-        )
+        kind = "weight_bytes" if item["file_bytes"] is None else "file_bytes"
+        sizes.add_row(item["name"], f"{item[kind]:,}", f"{item[f'dense_{kind}']:,}", item["note"])
     return Group(table, Text("\n".join(lines)), sizes)
 
 

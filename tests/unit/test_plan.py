@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf import GGUFReader
+import torch
 
 from svdexport import api
 from svdexport.allocate import uniform
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import InputError
-from svdexport.export import ExportRequest, exporter
+from svdexport.export import ExportRequest, exporter, gguf_base
 from svdexport.models.shapes import shapes_of
 from svdexport.pipeline.compress import candidate
 from svdexport.pipeline.factors import chosen_groups
@@ -52,10 +52,23 @@ LLAMA_70B: dict[str, Any] = {
 }
 
 
-def recipe_of(folder: Path) -> tuple[Path, Recipe]:
+def recipe_of(folder: Path, text: str = RECIPE) -> tuple[Path, Recipe]:
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE)
+    path.write_text(text)
     return path, load_recipe(path)
+
+
+def exporting(*specs: Export) -> str:
+    """The recipe with other exports."""
+    given = [
+        {"format": spec.format} | spec.model_dump(mode="json", exclude_defaults=True)
+        for spec in specs
+    ]
+    lines = RECIPE.splitlines()
+    return "\n".join([*lines[:-1], f"export: {json.dumps(given)}"]) + "\n"
+
+
+Q8_ONLY = exporting(GgufExport(type="Q8_0"))
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +104,7 @@ def test_bytes_are_those_of_the_exported_tensors(place: Path, tmp_path: Path, sp
     )
     assert any(choice.rank for choice in chosen.values())
     checkpoint = Checkpoint.open(place / ".out.work" / "checkpoint")
+    (entry,) = api.plan(recipe_of(place, exporting(spec))[0])["exports"]
     for name, source in (("pairs", checkpoint), ("dense", Checkpoint.open(place / "model"))):
         (tmp_path / f"{name}-work").mkdir()
         suffix = ".gguf" if spec.format == "gguf" else ""
@@ -105,9 +119,41 @@ def test_bytes_are_those_of_the_exported_tensors(place: Path, tmp_path: Path, sp
         else:
             foretold = weight_bytes(spec, shapes, [], {}, "float32")
         assert foretold == written
-        if isinstance(spec, GgufExport) and spec.form == "pairs":
-            reader = GGUFReader(made.path)
-            assert made.bytes == foretold + reader.data_offset
+        assert (entry["note"] == "exact") == isinstance(spec, GgufExport)
+        if isinstance(spec, GgufExport):
+            assert made.bytes == entry["file_bytes" if name == "pairs" else "dense_file_bytes"]
+
+
+@pytest.mark.parametrize("model", ["Qwen2", "Gemma3"])
+def test_the_gguf_of_a_run_has_the_planned_size(tmp_path: Path, model: str) -> None:
+    """Biases, a tied embedding, and norms of other kinds."""
+    make_model(tmp_path / "model", model, torch.bfloat16, hidden_size=128, intermediate_size=160)
+    path, _ = recipe_of(tmp_path, Q8_ONLY)
+    (entry,) = api.plan(path)["exports"]
+    (file,) = api.export(path, tmp_path / "out")
+    assert entry["note"] == "exact", entry
+    assert entry["file_bytes"] == file.stat().st_size
+    for weights in (tmp_path / "model").glob("*.safetensors"):  # names, shapes and tokens do
+        weights.unlink()
+    assert api.plan(path)["exports"] == [entry]
+
+
+def test_a_gguf_is_planned_from_its_header(tmp_path: Path) -> None:
+    make_model(tmp_path / "made", "Llama", hidden_size=128, intermediate_size=160)
+    gguf_base.convert(tmp_path / "made", tmp_path / "model.gguf", "f16")
+    path, _ = recipe_of(tmp_path, Q8_ONLY.replace("path: model", "gguf: model.gguf"))
+    (entry,) = api.plan(path)["exports"]
+    assert entry["file_bytes"] == api.export(path, tmp_path / "out")[0].stat().st_size
+
+
+def test_without_a_tokenizer_the_plan_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA_70B))
+    gguf, onnx, checkpoint = api.plan(recipe_of(tmp_path)[0], ["compress.rank_multiple=32"])[
+        "exports"
+    ]
+    assert gguf["file_bytes"] is None and "no tokenizer" in gguf["note"]
+    assert "graphs" in onnx["note"] and "headers" in checkpoint["note"]
 
 
 def test_a_70b_configuration_is_planned_within_five_seconds(tmp_path: Path) -> None:
