@@ -63,6 +63,24 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Embeddings:
+    """Sentence embeddings of one artifact of an encoder beside the dense model's, text by text.
+
+    `mean_cosine` is between the two embeddings of a text, `low_cosine` its 5 % quantile over
+    texts; `rank_correlation` is Spearman's, between the similarities (cosines) of all pairs of
+    texts, None for fewer than 8 texts. `spreads` holds the error of each figure, by bootstrap
+    over texts.
+    """
+
+    mean_cosine: float
+    low_cosine: float
+    rank_correlation: float | None
+    texts: int
+    tokens: int
+    spreads: dict[str, Spread] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Parity:
     """Logits of a written file in its runtime against torch holding the values read back from
     that file.
@@ -199,6 +217,7 @@ class Measured:
     speed: ArtifactSpeed | None = None
     parity: Parity | None = None
     round_trip: tuple[str, ...] | None = None
+    embeddings: Embeddings | None = None
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,11 @@ def _notes(emission: Any, plan: Any, reason: str | None) -> Iterator[str]:
         )
         yield f"LM head or embedding without one: {plan.head_grid.bits} bits"
     if emission.latent_layers:
-        layers = len(emission.latent_layers)
-        yield f"the cache of values holds A x in {layers} layers; `inspect` says its bytes a token"
+        before, after = emission.cache_bytes
+        yield (
+            f"the cache of values holds A x in {len(emission.latent_layers)} layers: {before:,} "
+            f"-> {after:,} bytes a token"
+        )
     if emission.shared_embedding:
         yield "embedding and LM head are tied and stored once"
     elif not any("embedding" in name for name in emission.grids):

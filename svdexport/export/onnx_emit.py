@@ -61,14 +61,16 @@ class Emission:
         grids: weight initialiser -> its grid, where it is quantised.
         transposed: dense tensors that the checkpoint stores as (inputs, outputs).
         shared_embedding: the LM head's weight also serves the embedding.
-        latent_layers: layers whose cache holds A x.
+        latent_layers: layer -> rank, where the cache holds A x in place of the values.
+        cache_bytes: of a token in the cache, with the values as the model has them and as written.
     """
 
     rows: dict[str, list[Row]] = field(default_factory=dict)
     transposed: list[str] = field(default_factory=list)
     grids: dict[str, NBitsGrid] = field(default_factory=dict)
     shared_embedding: bool = False
-    latent_layers: list[int] = field(default_factory=list)
+    latent_layers: dict[int, int] = field(default_factory=dict)
+    cache_bytes: tuple[int, int] = (0, 0)
 
 
 class PairEmitter:

@@ -2,69 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
 
 from svdexport.errors import InputError
 from svdexport.export.onnx_emit import BuildPlan, Emission
 from svdexport.export.onnx_general import prepared
 from svdexport.export.onnx_pack import DataWriter
 from svdexport.export.onnx_trace import exported, traced_model
+from svdexport.runtimes.sentence import SentenceEncoder, pooling_of
 
-Pooling = Literal["mean", "cls"]
-
-_POOLING_KEYS: dict[str, Pooling] = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-}
 _BATCH, _TOKENS = 2, 5
-
-
-class SentenceEncoder(nn.Module):
-    """(input_ids, attention_mask) -> (last_hidden_state, sentence_embedding).
-
-    ``mean`` averages the hidden states of tokens that the mask keeps, ``cls`` takes the first one;
-    the embedding is then scaled to length 1. Source: sentence-transformers, Pooling and Normalize.
-    """
-
-    def __init__(self, model: nn.Module, pooling: Pooling) -> None:
-        super().__init__()
-        self.model = model
-        self.pooling = pooling
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        if self.pooling == "cls":
-            pooled = hidden[:, 0]
-        else:
-            mask = attention_mask[..., None].to(hidden.dtype)
-            pooled = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1e-9)
-        return hidden, nn.functional.normalize(pooled, dim=-1)
-
-
-def pooling_of(source: Path) -> Pooling:
-    """The pooling that a sentence-transformers folder asks for; without one, ``mean``.
-
-    Raises InputError for any other pooling, or more than one at once.
-    """
-    file = source / "1_Pooling" / "config.json"
-    if not file.is_file():
-        return "mean"
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        asked = [key for key, on in settings.items() if key.startswith("pooling_mode_") and on]
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{file}: not a pooling config ({error})") from None
-    if len(asked) != 1 or asked[0] not in _POOLING_KEYS:
-        raise InputError(
-            f"{file}: {', '.join(asked) or 'no pooling'}: only mean or cls is exported"
-        )
-    return _POOLING_KEYS[asked[0]]
 
 
 def build_encoder(plan: BuildPlan, data: DataWriter, config: Any) -> tuple[ir.Model, Emission]:

@@ -38,7 +38,11 @@ def build_general(plan: BuildPlan, data: DataWriter, config: Any) -> tuple[ir.Mo
         )
     heads, width, layers = cache_shape(config)
     traced, emission = prepared(trace(model, heads, width, layers), plan, data, model)
-    emission.latent_layers = sorted(latent)
+    emission.latent_layers = latent
+    size = dtype.itemsize
+    before = 2 * layers * heads * width * size
+    saved = sum(heads * width - rank for rank in latent.values()) * size
+    emission.cache_bytes = (before, before - saved)
     return traced, emission
 
 

@@ -137,15 +137,18 @@ def discover(model: nn.Module) -> Structure:
             mixture.every = True  # whatever the router chooses for these tokens
             stack.callback(setattr, mixture, "every", False)
         tokens = torch.zeros((1, 8), dtype=torch.long, device=device)
+        mask = torch.ones_like(tokens)
+        if model.get_output_embeddings() is None:  # type: ignore[operator]
+            mask = torch.zeros((1, 1, 8, 8), device=device)  # an encoder's, ready made: see below
         with torch.no_grad(), _eager_attention(model):
-            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+            model(input_ids=tokens, attention_mask=mask, use_cache=False)
     embedding, head = _embedding(model)
     return Structure(blocks, tuple(_group(model, calls)), returns_tuple, embedding, head)
 
 
 @contextlib.contextmanager
 def _eager_attention(model: nn.Module) -> Iterator[None]:
-    """Masks are then made without a look at their values, which meta tensors lack."""
+    """Causal masks are then made without a look at values, which meta tensors lack; others not."""
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     asked = config._attn_implementation  # type: ignore[union-attr]
     config._attn_implementation = "eager"  # type: ignore[union-attr]

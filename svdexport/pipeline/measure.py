@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
 from svdexport.checkpoint import is_encoder
-from svdexport.core.measures import ArtifactSpeed, Quality, SpeedReport, SpeedSettings
+from svdexport.core.measures import ArtifactSpeed, Embeddings, Quality, SpeedReport, SpeedSettings
 from svdexport.files import write_atomic
 from svdexport.pipeline.artifacts import Artifact
 from svdexport.pipeline.job import Job, ModelUnderWork, key
 from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import CheckpointExport, Export, Recipe
 from svdexport.runtimes import open_runtime
-from svdexport.runtimes.encoder_rt import is_encoder_graph
+from svdexport.runtimes.encoder_rt import EncoderRuntime, is_encoder_graph
+from svdexport.runtimes.sentence import SentenceEncoder, pooling_of
 from svdexport.runtimes.torch_rt import TorchRuntime
+from svdexport.verify.embeddings import Embed, compare, embed_all
 from svdexport.verify.generation import generate
 from svdexport.verify.quality import evaluate
 from svdexport.verify.reference import ReferenceLogits
@@ -41,7 +44,7 @@ def measure_quality(
 ) -> dict[str, Quality]:
     """Perplexity, divergence from the dense float32 model, and greedy text of each artifact."""
     if is_encoder(model.checkpoint.config):
-        return {}  # no next token to be surprised by; parity has compared the hidden states
+        return {}  # no next token to be surprised by; see measure_embeddings
     windows = load_file(job.work / "tokens.safetensors")["evaluation"]
     record = job.work / "quality.json"
     stage_key = key([a.files for a in artifacts], [a.role for a in artifacts], windows.tolist())
@@ -64,6 +67,58 @@ def measure_quality(
 
     job.stage("quality", stage_key, [record], make)
     return _QUALITIES.validate_json(record.read_bytes())
+
+
+def measure_embeddings(
+    job: Job, model: ModelUnderWork, artifacts: list[Artifact]
+) -> dict[str, Embeddings]:
+    """Of an encoder's artifacts: their embeddings of the evaluation text beside the dense ones."""
+    if not is_encoder(model.checkpoint.config):
+        return {}
+    texts = load_file(job.work / "tokens.safetensors")["evaluation"]
+    with job.reporter.stage("embeddings"), model.weights.on_call() as whole:
+        meant = dense_embeddings(model.source.folder, whole, texts)
+        return {
+            artifact_key(artifact): score_embeddings(
+                artifact.path, model.source.folder, texts, meant, job.recipe, job.threads
+            )
+            for artifact in artifacts
+        }
+
+
+def dense_embeddings(folder: Path, model: Any, texts: np.ndarray) -> np.ndarray:
+    """Embeddings (N, width) of texts (N, T) by the model in torch, pooled as its folder says."""
+    return np.asarray(embed_all(torch_embed(folder, model), texts, str(folder)))
+
+
+def torch_embed(folder: Path, model: Any) -> Embed:
+    """Tokens -> embeddings of a model in memory, pooled as the folder says."""
+    encoder = SentenceEncoder(model, pooling_of(folder))
+
+    def embed(tokens: np.ndarray) -> np.ndarray:
+        ids = torch.as_tensor(tokens)
+        with torch.no_grad():
+            found: np.ndarray = encoder(ids, torch.ones_like(ids))[1].float().numpy()
+        return found
+
+    return embed
+
+
+def score_embeddings(
+    path: Path, source: Path, texts: np.ndarray, meant: np.ndarray, recipe: Recipe, threads: int
+) -> Embeddings:
+    """Embeddings of an artifact beside those of the dense model."""
+    runtime = open_runtime(path, threads=threads, context=texts.shape[1])
+    try:
+        if isinstance(runtime, EncoderRuntime):
+            run = runtime
+            found = embed_all(lambda t: run.embed(t, np.ones_like(t)), texts, str(path))
+        else:
+            assert isinstance(runtime, TorchRuntime)
+            found = embed_all(torch_embed(source, runtime.model), texts, str(path))
+    finally:
+        runtime.close()
+    return compare(meant, found, texts.shape[1], recipe.calibration.seed)
 
 
 def score(path: Path, windows: np.ndarray, reference: Any, threads: int, seed: int) -> Quality:

@@ -15,9 +15,10 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from svdexport.checkpoint import Checkpoint
+from svdexport.checkpoint import Checkpoint, is_encoder
 from svdexport.core.measures import (
     ArtifactSpeed,
+    Embeddings,
     GateResult,
     Measured,
     Parity,
@@ -29,7 +30,12 @@ from svdexport.export import ExportRequest, exporter
 from svdexport.files import sha256_file
 from svdexport.models.loader import Source, load_model, open_source
 from svdexport.pipeline.artifacts import artifact_name, parity_runtime
-from svdexport.pipeline.measure import score, time_side_by_side
+from svdexport.pipeline.measure import (
+    dense_embeddings,
+    score,
+    score_embeddings,
+    time_side_by_side,
+)
 from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import CheckpointExport, Export, Gates, Model, Recipe, validate
 from svdexport.report import manifest
@@ -41,6 +47,11 @@ from svdexport.verify.gate import judge
 from svdexport.verify.parity import tolerance
 from svdexport.verify.reference import ReferenceLogits
 
+QUALITY_GATES = (
+    *("max_perplexity_ratio", "max_mean_kld", "min_same_top"),
+    *("min_cosine", "min_rank_correlation"),
+)
+
 
 @dataclass(frozen=True)
 class Repeat:
@@ -48,6 +59,7 @@ class Repeat:
 
     parity: dict[str, Parity]
     quality: dict[str, Quality]
+    embeddings: dict[str, Embeddings]
     speed: dict[str, ArtifactSpeed]
     gates: tuple[GateResult, ...]
     verdict: Verdict
@@ -78,27 +90,38 @@ def repeat(folder: Path, result: RunResult, wish: Wish, reporter: Reporter) -> R
             parity[artifact.path] = _parity(folder, artifact, wish.threads)
             reporter.progress("parity", done + 1, len(kept))
     quality: dict[str, Quality] = {}
+    embeddings: dict[str, Embeddings] = {}
     speed: dict[str, ArtifactSpeed] = {}
     if wish.quality or wish.speed:
         with tempfile.TemporaryDirectory(prefix="svdexport-") as scratch:
             source = find_source(recipe, result, wish.model, Path(scratch))
-            if wish.quality:
+            if wish.quality and is_encoder(Checkpoint.open(source.folder).config):
+                embeddings = _embeddings(folder, kept, source, recipe, wish, reporter)
+            elif wish.quality:
                 quality = _quality(folder, kept, source, recipe, wish, reporter, Path(scratch))
             if wish.speed:
                 speed = _speed(folder, kept, source, recipe, wish, reporter, Path(scratch))
     measured = [
-        Measured(a.path, a.bytes, quality.get(a.path), speed.get(a.path), parity[a.path], ())
+        Measured(
+            a.path,
+            a.bytes,
+            quality.get(a.path),
+            speed.get(a.path),
+            parity[a.path],
+            (),
+            embeddings.get(a.path),
+        )
         for a in kept
     ]
     gates, verdict = judge(repeated_gates(recipe.gates, wish), measured)
-    return Repeat(parity, quality, speed, gates, verdict)
+    return Repeat(parity, quality, embeddings, speed, gates, verdict)
 
 
 def repeated_gates(gates: Gates, wish: Wish) -> Gates:
     """The gates whose figures are measured again, and those on bytes."""
     left_out: dict[str, None] = {}
     if not wish.quality:
-        left_out |= dict.fromkeys(("max_perplexity_ratio", "max_mean_kld", "min_same_top"))
+        left_out |= dict.fromkeys(QUALITY_GATES)
     if not wish.speed:
         left_out |= dict.fromkeys(("min_prefill_speedup", "min_decode_speedup"))
     return gates.model_copy(update=left_out)
@@ -150,11 +173,7 @@ def _quality(
     reporter: Reporter,
     scratch: Path,
 ) -> dict[str, Quality]:
-    path = folder / evidence.FOLDER / evidence.EVALUATION
-    if not path.is_file():
-        raise ArtifactError(f"{path}: missing, so that quality cannot be repeated; run again")
-    check_safetensors(path)
-    windows = load_file(path)["evaluation"]
+    windows = _evaluation(folder)
     found = {}
     with reporter.stage("quality"):
         model: Any = load_model(source.folder, source.trust_remote_code)
@@ -167,6 +186,35 @@ def _quality(
             found[artifact.path] = score(place, windows, reference, wish.threads, seed)
             reporter.progress("quality", done + 1, len(kept))
     return found
+
+
+def _evaluation(folder: Path) -> Any:
+    """The windows of tokens that the run evaluated on."""
+    path = folder / evidence.FOLDER / evidence.EVALUATION
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing, so that quality cannot be repeated; run again")
+    check_safetensors(path)
+    return load_file(path)["evaluation"]
+
+
+def _embeddings(
+    folder: Path,
+    kept: list[ArtifactResult],
+    source: Source,
+    recipe: Recipe,
+    wish: Wish,
+    reporter: Reporter,
+) -> dict[str, Embeddings]:
+    texts = _evaluation(folder)
+    with reporter.stage("embeddings"):
+        model: Any = load_model(source.folder, source.trust_remote_code)
+        meant = dense_embeddings(source.folder, model, texts)
+        return {
+            a.path: score_embeddings(
+                folder / a.path, source.folder, texts, meant, recipe, wish.threads
+            )
+            for a in kept
+        }
 
 
 def _speed(

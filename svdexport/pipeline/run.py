@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,12 +15,25 @@ from pathlib import Path
 from safetensors.numpy import load_file, save_file
 
 from svdexport.core.machine import describe
-from svdexport.core.measures import ArtifactSpeed, GateResult, Measured, Quality, Verdict
+from svdexport.core.measures import (
+    ArtifactSpeed,
+    Embeddings,
+    GateResult,
+    Measured,
+    Quality,
+    Verdict,
+)
 from svdexport.files import sha256_file
 from svdexport.pipeline.artifacts import Artifact, evidence_file, export_all
 from svdexport.pipeline.factors import statistics
 from svdexport.pipeline.job import Job, ModelUnderWork, versions
-from svdexport.pipeline.measure import SPEED_RUNTIME, artifact_key, measure_quality, measure_speed
+from svdexport.pipeline.measure import (
+    SPEED_RUNTIME,
+    artifact_key,
+    measure_embeddings,
+    measure_quality,
+    measure_speed,
+)
 from svdexport.pipeline.plain import export_plain
 from svdexport.pipeline.quantize import quantize_exports
 from svdexport.pipeline.refine import refine_seeds
@@ -65,13 +80,20 @@ def run(job: Job, invocation: Invocation) -> Outcome:
     artifacts = export_all(job, model, compressed.checkpoint, quantized.key, quantized.folders)
     intact = not any(a.round_trip or (a.parity and a.parity.problems) for a in artifacts)
     quality: dict[str, Quality] = {}
+    embeddings: dict[str, Embeddings] = {}
     speed: dict[str, ArtifactSpeed] = {}
     if intact:  # figures taken on a broken file mean nothing
         artifacts += export_plain(job, model, [a for a in artifacts if a.role == "compressed"])
         quality = measure_quality(job, model, artifacts)
+        embeddings = measure_embeddings(job, model, artifacts)
         speed = measure_speed(job, artifacts)
-    gates, verdict = judge(job.recipe.gates, _measured(artifacts, quality, speed))
-    results = tuple(_artifact_result(job, a, quality, speed) for a in artifacts)
+    gates, verdict = judge(job.recipe.gates, _measured(artifacts, quality, embeddings, speed))
+    results = tuple(
+        dataclasses.replace(
+            _artifact_result(job, a, quality, speed), embeddings=embeddings.get(artifact_key(a))
+        )
+        for a in artifacts
+    )
     result = _result(job, model, invocation, compressed, results, gates, verdict)
     if verdict.word != "pass":
         write_reports(result, fresh(job.work / "report"))
@@ -117,7 +139,10 @@ def fresh(folder: Path) -> Path:
 
 
 def _measured(
-    artifacts: list[Artifact], quality: dict[str, Quality], speed: dict[str, ArtifactSpeed]
+    artifacts: list[Artifact],
+    quality: dict[str, Quality],
+    embeddings: dict[str, Embeddings],
+    speed: dict[str, ArtifactSpeed],
 ) -> list[Measured]:
     """What the gates judge. Of the dense twins only that their files are sound."""
     judged = []
@@ -137,6 +162,7 @@ def _measured(
                 speed.get(name),
                 artifact.parity,
                 artifact.round_trip,
+                embeddings.get(name),
             )
         )
     return judged
@@ -201,6 +227,7 @@ def _result(
         equal_bytes=comparisons(artifacts),
         notes=(
             *plan_notes(compressed.plan),
+            *embedding_notes(artifacts),
             *moment_notes(job, compressed),
             *json.loads((job.work / TROUBLE).read_text(encoding="utf-8")),
             *compressed.notes,
@@ -260,6 +287,20 @@ def moment_notes(job: Job, compressed: Compressed) -> tuple[str, ...]:
         f"{starved} linears have more inputs than calibration has tokens ({tokens}): their moments "
         f"are singular and were damped; give more calibration.samples",
     )
+
+
+def embedding_notes(artifacts: tuple[ArtifactResult, ...]) -> Iterator[str]:
+    """What became of an encoder's embeddings."""
+    for artifact in artifacts:
+        found = artifact.embeddings
+        if found is not None:
+            order = found.rank_correlation
+            told = "" if order is None else f", rank correlation of similarities {order:.4f}"
+            yield (
+                f"{artifact.label}, {artifact.role}: cosine to the dense model's embeddings "
+                f"{found.mean_cosine:.4f} (5 % quantile {found.low_cosine:.4f}){told}, over "
+                f"{found.texts} texts of {found.tokens} tokens"
+            )
 
 
 def plan_notes(plan: tuple[PlanRow, ...]) -> tuple[str, ...]:

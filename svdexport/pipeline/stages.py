@@ -66,6 +66,8 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
     recipe = job.recipe
     if is_encoder(model.checkpoint.config):
         check_encoder(recipe)
+    else:
+        check_gates(recipe, ("min_cosine", "min_rank_correlation"), "only an encoder's embeddings")
     origin = source_key(model.source)
     tokens_key = key(origin, recipe.calibration, recipe.evaluate, _stamp(recipe.calibration.file))
     tokens = job.work / "tokens.safetensors"
@@ -132,6 +134,16 @@ def check_encoder(recipe: Recipe) -> None:
     for entry in recipe.export:
         if entry.format == "gguf":
             raise RecipeError("export: an encoder is exported as onnx or checkpoint, not as gguf")
+
+    of_text = ("max_perplexity_ratio", "max_mean_kld", "min_same_top", "min_decode_speedup")
+    check_gates(recipe, of_text, "only a language model's next tokens")
+
+
+def check_gates(recipe: Recipe, names: tuple[str, ...], whose: str) -> None:
+    """Refuse, as RecipeError, gates on what this kind of model does not have."""
+    for name in names:
+        if getattr(recipe.gates, name) is not None:
+            raise RecipeError(f"gates.{name}: there for {whose}; leave it out")
 
 
 def _stamp(path: Path | None) -> list[int]:

@@ -293,6 +293,12 @@ class Gates(_Section):
     max_perplexity_ratio: float | None = Field(default=None, gt=0)
     max_mean_kld: float | None = Field(default=None, gt=0)
     min_same_top: float | None = Field(default=None, gt=0, le=1)
+    min_cosine: float | None = Field(
+        default=None, gt=0, le=1, description="of an encoder: mean cosine to dense embeddings"
+    )
+    min_rank_correlation: float | None = Field(
+        default=None, gt=0, le=1, description="of an encoder: Spearman's, of similarities"
+    )
     min_prefill_speedup: float | None = Field(default=None, gt=0)
     min_decode_speedup: float | None = Field(default=None, gt=0)
     max_bytes: Bytes | None = None

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from svdexport.core.measures import Quality
+from svdexport.core.measures import Embeddings, Quality
 from svdexport.errors import InputError
 from svdexport.files import all_files, sha256_file, write_atomic
 from svdexport.report import result as results
@@ -75,6 +75,8 @@ def figures(result: RunResult) -> Iterator[dict[str, Any]]:
         }
         if artifact.quality is not None:
             yield from _quality(result, artifact, artifact.quality)
+        if artifact.embeddings is not None:
+            yield from _embeddings(result, artifact, artifact.embeddings)
         if artifact.speed is not None:
             yield from _speed(result, artifact)
 
@@ -124,6 +126,21 @@ def _quality(
             continue
         entry = {"artifact": artifact.path, "figure": name, "value": value, "command": command}
         spread = quality.spreads.get(name)
+        if spread is not None:
+            entry |= {"low": spread.low, "high": spread.high}
+        yield entry
+
+
+def _embeddings(
+    result: RunResult, artifact: ArtifactResult, found: Embeddings
+) -> Iterator[dict[str, Any]]:
+    command = _verify_command(result, artifact, "--quality")
+    for name in ("mean_cosine", "low_cosine", "rank_correlation"):
+        value = getattr(found, name)
+        if value is None:
+            continue
+        entry = {"artifact": artifact.path, "figure": name, "value": value, "command": command}
+        spread = found.spreads.get(name)
         if spread is not None:
             entry |= {"low": spread.low, "high": spread.high}
         yield entry

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from svdexport.core.measures import ArtifactSpeed, GateResult, Parity, Quality, Verdict
+from svdexport.core.measures import ArtifactSpeed, Embeddings, GateResult, Parity, Quality, Verdict
 
 SCHEMA_VERSION = 1
 
@@ -80,6 +80,7 @@ class ArtifactResult:
     files: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, TensorHash] = field(default_factory=dict)
     kept: bool = True
+    embeddings: Embeddings | None = None
 
     @property
     def label(self) -> str:

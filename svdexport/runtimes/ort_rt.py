@@ -97,10 +97,7 @@ class OrtRuntime:
         """Make ``file`` the loaded graph."""
         if self._session is not None and self.file == file:
             return
-        options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options = self._options()
         self._session, self._cache = None, {}  # the old one goes before the new one comes
         self.file = file
         try:
@@ -113,6 +110,13 @@ class OrtRuntime:
         self._past = sorted(name for name in self._inputs if name.startswith("past_key_values."))
         if "input_ids" not in self._inputs or not self._past:
             raise InputError(f"{file}: not a decoder with input_ids and past_key_values.*")
+
+    def _options(self) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        return options
 
     # Cache
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from svdexport.core.measures import GateResult, Measured, Quality, Timing, Verdict
+from svdexport.core.measures import Embeddings, GateResult, Measured, Quality, Timing, Verdict
 from svdexport.errors import EXIT_INPUT, EXIT_NOISY, EXIT_OK, EXIT_QUALITY, EXIT_SPEED
 from svdexport.recipe import Gates
 from svdexport.verify.speed import MAX_DISTURBED, MIN_ROUNDS
@@ -28,6 +28,7 @@ _QUALITY = {
     "max_mean_kld": ("mean_kld", True),
     "min_same_top": ("same_top", False),
 }
+_EMBEDDINGS = {"min_cosine": "mean_cosine", "min_rank_correlation": "rank_correlation"}
 _SPEED = {"min_prefill_speedup": "prefill", "min_decode_speedup": "decode"}
 
 
@@ -72,7 +73,11 @@ def _gates_of(gates: Gates, one: Measured) -> Iterator[GateResult]:
     for name, (figure, upper) in _QUALITY.items():
         limit = getattr(gates, name)
         if limit is not None:
-            yield _quality_gate(name, figure, upper, limit, one)
+            yield _quality_gate(name, figure, upper, limit, one.path, one.quality)
+    for name, figure in _EMBEDDINGS.items():
+        limit = getattr(gates, name)
+        if limit is not None:
+            yield _quality_gate(name, figure, False, limit, one.path, one.embeddings)
     for name, prefix in _SPEED.items():
         limit = getattr(gates, name)
         if limit is not None:
@@ -112,17 +117,18 @@ def _integrity(one: Measured) -> Iterator[GateResult]:
         )
 
 
-def _quality_gate(name: str, figure: str, upper: bool, limit: float, one: Measured) -> GateResult:
-    value = None if one.quality is None else _pessimistic(one.quality, figure, upper)
-    if value is None:
-        return GateResult(name, limit, None, False, "quality", one.path, False, "was not measured")
+def _quality_gate(
+    name: str, figure: str, upper: bool, limit: float, path: str, found: Quality | Embeddings | None
+) -> GateResult:
+    value = None if found is None else _pessimistic(found, figure, upper)
+    if found is None or value is None:
+        return GateResult(name, limit, None, False, "quality", path, False, "was not measured")
     passed = value <= limit if upper else value >= limit
-    assert one.quality is not None
-    detail = "" if figure in one.quality.spreads else "one window: no interval"
-    return GateResult(name, limit, value, passed, "quality", one.path, False, detail)
+    detail = "" if figure in found.spreads else "one window: no interval"
+    return GateResult(name, limit, value, passed, "quality", path, False, detail)
 
 
-def _pessimistic(quality: Quality, figure: str, upper: bool) -> float | None:
+def _pessimistic(quality: Quality | Embeddings, figure: str, upper: bool) -> float | None:
     value: float | None = getattr(quality, figure)
     spread = quality.spreads.get(figure)
     if value is None or spread is None:

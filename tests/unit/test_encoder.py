@@ -16,7 +16,6 @@ from svdexport import api
 from svdexport.checkpoint import is_encoder
 from svdexport.errors import InputError, RecipeError
 from svdexport.export.onnx import LAST_FILE, MODEL_FILE, check_round_trip
-from svdexport.export.onnx_encoder import pooling_of
 from svdexport.models.calibrate import calibrate
 from svdexport.models.corpus import encoder_texts
 from svdexport.models.loader import load_model, load_tokenizer, structure_of
@@ -24,7 +23,9 @@ from svdexport.pipeline.stages import check_encoder
 from svdexport.recipe import Recipe
 from svdexport.runtimes import open_runtime
 from svdexport.runtimes.encoder_rt import EncoderRuntime
+from svdexport.runtimes.sentence import pooling_of
 from svdexport.runtimes.torch_rt import TorchRuntime
+from svdexport.verify import embeddings
 from tests.unit.test_export_onnx import dequantised, relative, run_export, set_accuracy_level
 from tests.unit.tiny_checkpoints import compress, save_tokenizer
 
@@ -43,7 +44,7 @@ def make_encoder(folder: Path) -> Any:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=64,
+        max_position_embeddings=256,
     )
     model = AutoModel.from_config(config).eval()
     with torch.no_grad():
@@ -156,6 +157,32 @@ def test_what_an_encoder_cannot_do_is_refused(tmp_path: Path) -> None:
         check_encoder(_recipe(export=[{"format": "gguf"}], **texts))
     with pytest.raises(RecipeError, match="an encoder writes no text"):
         check_encoder(_recipe(calibration=texts["calibration"]))
+    with pytest.raises(RecipeError, match=r"gates.max_mean_kld: there for only a language model"):
+        check_encoder(_recipe(gates={"max_mean_kld": 0.3}, **texts))
+
+
+def test_figures_of_embeddings_are_those_of_the_formulas() -> None:
+    rng = np.random.default_rng(0)
+    meant = rng.standard_normal((12, 6))
+    found = meant + 0.3 * rng.standard_normal((12, 6))
+    meant, found = (e / np.linalg.norm(e, axis=1, keepdims=True) for e in (meant, found))
+    got = embeddings.compare(meant, found, 5, seed=1)
+    cosine = sorted(float(a @ b) for a, b in zip(meant, found, strict=True))
+    assert got.mean_cosine == pytest.approx(sum(cosine) / 12)
+    assert got.low_cosine == pytest.approx(cosine[0] + 0.55 * (cosine[1] - cosine[0]))
+    pairs = [(i, j) for i in range(12) for j in range(i)]
+    one = [float(meant[i] @ meant[j]) for i, j in pairs]
+    other = [float(found[i] @ found[j]) for i, j in pairs]
+    gaps = [sorted(one).index(a) - sorted(other).index(b) for a, b in zip(one, other, strict=True)]
+    n = len(pairs)
+    expected = 1 - 6 * sum(gap**2 for gap in gaps) / (n * (n**2 - 1))
+    assert got.rank_correlation == pytest.approx(expected)
+    assert (got.texts, got.tokens) == (12, 5)
+    for name in ("mean_cosine", "low_cosine", "rank_correlation"):
+        assert got.spreads[name].low <= getattr(got, name) <= got.spreads[name].high
+    same = embeddings.compare(meant, meant, 5, seed=1)
+    assert (same.mean_cosine, same.rank_correlation) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert embeddings.compare(meant[:4], found[:4], 5, seed=1).rank_correlation is None
 
 
 def test_samples_begin_and_end_as_inputs_do(tmp_path: Path) -> None:
@@ -192,8 +219,10 @@ def test_the_recipe_runs_to_its_verdict(tmp_path: Path) -> None:
         f"evaluate.text={text}",
         "calibration.samples=8",
         "calibration.length=32",
-        "evaluate.context=32",
-        "evaluate.windows=2",
+        "evaluate.context=16",
+        "evaluate.windows=16",
+        "gates.min_cosine=0.05",
+        "gates.min_rank_correlation=0.05",
         "speed.rounds=1",
         "speed.prefill=[16]",
         "speed.threads=1",
@@ -207,3 +236,19 @@ def test_the_recipe_runs_to_its_verdict(tmp_path: Path) -> None:
     assert low.quality is None
     assert low.speed is not None
     assert [timing.metric for timing in low.speed.timings] == ["prefill_16"]
+    assert low.embeddings is not None
+    assert low.embeddings.texts == 16
+    dense = next(a for a in outcome.result.artifacts if a.role == "dense")
+    assert dense.embeddings is not None
+    assert low.embeddings.mean_cosine < dense.embeddings.mean_cosine > 0.99
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "rank correlation of similarities" in text
+    again = api.verify(tmp_path / "out", quality=True, threads=1)
+    assert again.verdict.exit_code == 0
+    repeated = again.embeddings["onnx-int8"]
+    assert repeated.mean_cosine == pytest.approx(low.embeddings.mean_cosine)
+
+    strict = api.run(recipe, tmp_path / "strict", [*overrides, "gates.min_cosine=0.9999"])
+    assert strict.result.verdict.exit_code == 4
+    assert strict.out is None
+    assert "min_cosine failed" in strict.result.verdict.reasons[0]

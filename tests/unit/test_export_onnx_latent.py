@@ -36,7 +36,8 @@ def test_a_latent_cache_is_smaller_and_changes_nothing(
     checkpoint = compress(source, tmp_path / "low", V_APART)
     exported = run_export(source, checkpoint, out, precision, kv_cache="latent")
     assert check_round_trip(out, exported.tensors) == []
-    assert any("holds A x in 2 layers" in note for note in exported.notes)
+    told = f"holds A x in 2 layers: {2 * 4 * (64 + 64):,} -> {2 * 4 * (64 + 32)} bytes a token"
+    assert any(told in note for note in exported.notes)
     dequantised(model, out, checkpoint, source)
     if precision == "int8":
         set_accuracy_level(out, 0)

@@ -13,6 +13,7 @@ Speed is `svdexport bench`'s protocol on the plain runtime, prefill alone; needs
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -28,7 +29,6 @@ from svdexport.core.measures import SpeedSettings
 from svdexport.export.base import ExportRequest
 from svdexport.export.checkpoint import assembled, compressed_config, write_checkpoint
 from svdexport.export.onnx import export
-from svdexport.export.onnx_encoder import SentenceEncoder, pooling_of
 from svdexport.models.corpus import encoder_texts
 from svdexport.models.loader import load_model, load_tokenizer, structure_of
 from svdexport.pipeline import compress
@@ -36,6 +36,8 @@ from svdexport.pipeline.factors import factorize_blocks
 from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import OnnxExport, Recipe
 from svdexport.runtimes.encoder_rt import EncoderRuntime
+from svdexport.runtimes.sentence import SentenceEncoder, pooling_of
+from svdexport.verify.embeddings import spearman
 from svdexport.verify.speed import measure
 
 BATCH = 16
@@ -47,17 +49,6 @@ def sentences(text: str, count: int) -> list[str]:
     found = [s for s in re.split(r"(?<=[.!?]) ", flat) if 40 <= len(s) <= 300]
     step = max(2, len(found) // (count // 2))
     return [s for i in range(0, len(found) - 1, step) for s in found[i : i + 2]][:count]
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    order = np.empty(values.size)
-    order[values.argsort()] = np.arange(values.size)
-    return order
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation; ties have no weight among float similarities."""
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
 def batches(tokenizer: Any, lines: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -109,6 +100,7 @@ def main() -> None:
     parser.add_argument("--allocate", choices=("uniform", "greedy"), default="uniform")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9, help="0: no timing")
+    parser.add_argument("--work", type=Path, help="keep the models here, or take them from here")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.calibration = args.calibration or args.model / "text-calibration.txt"
@@ -124,15 +116,19 @@ def main() -> None:
         )
     print(f"{len(lines)} sentences; {args.allocate} ranks; {args.threads} threads", flush=True)
     rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
+    with contextlib.ExitStack() as stack:
+        work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         checkpoints = {"dense": Checkpoint.open(args.model)}
         made = recipe(args, 1.0)
         structure = structure_of(args.model)
-        tokens, _ = encoder_texts(made.calibration, made.evaluate, tokenizer)
-        reporter = Reporter(quiet=True)
-        factorize_blocks(made, structure, model, tokens, work / "factors", reporter)
+        if not (work / "factors").exists():
+            tokens, _ = encoder_texts(made.calibration, made.evaluate, tokenizer)
+            reporter = Reporter(quiet=True)
+            factorize_blocks(made, structure, model, tokens, work / "factors", reporter)
         for kept in args.kept.split(","):
+            if (work / f"kept-{kept}").exists():
+                checkpoints[f"kept {kept}"] = Checkpoint.open(work / f"kept-{kept}")
+                continue
             plan = compress.allocate_ranks(recipe(args, float(kept)), structure, work / "factors")
             low_rank = compress.low_rank_of(plan)
             source = checkpoints["dense"]
@@ -166,7 +162,9 @@ def _precision(
     for name, checkpoint in checkpoints.items():
         out = work / f"{name.replace(' ', '-')}-{precision}"
         spec = OnnxExport.model_validate({"precision": precision})
-        made = export(ExportRequest(checkpoint, args.model, None, out, work, spec))
+        if not out.exists():
+            export(ExportRequest(checkpoint, args.model, None, out, work, spec))
+        size = sum(file.stat().st_size for file in out.glob("model.onnx*"))
         runtime = EncoderRuntime(out, threads=args.threads)
         found = np.concatenate([runtime.embed(t, m) for t, m in fed])
         cosine = (found * meant).sum(axis=1)
@@ -174,7 +172,7 @@ def _precision(
         row: dict[str, Any] = {
             "model": name,
             "precision": precision,
-            "bytes": made.bytes,
+            "bytes": size,
             "cosine": float(cosine.mean()),
             "cosine_5th_percentile": float(np.quantile(cosine, 0.05)),
             "rank_correlation": spearman(*similar),
@@ -192,7 +190,7 @@ def _precision(
             if key.startswith("prefill")
         )
         print(
-            f"{precision:5} {name:9} {made.bytes / 1e6:6.1f} MB  cosine {row['cosine']:.4f} "
+            f"{precision:5} {name:9} {size / 1e6:6.1f} MB  cosine {row['cosine']:.4f} "
             f"(5th percentile {row['cosine_5th_percentile']:.4f})  rank correlation "
             f"{row['rank_correlation']:.4f}  {speeds}",
             flush=True,

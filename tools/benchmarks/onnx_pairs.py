@@ -3,7 +3,9 @@
 Writes a Llama with random weights (speed does not depend on their values), dense and as pairs that
 keep a share of the linears' parameters, exports both with svdexport (the dense one with q, k and v
 fused, the best the onnxruntime-genai builder offers) and times prefill and decode in turn.
-Efficiency = speedup / (bytes of the dense linears / bytes of the pairs), the LM head in both.
+Efficiency = speedup / (bytes of the dense linears / bytes of the pairs), the LM head in both. Its
+limit is what it would be if products took time by their bytes: attention and norms, which low rank
+does not touch, take what onnxruntime's profiler said of the dense graph.
 
     python tools/benchmarks/onnx_pairs.py --precisions fp32,int8,int4,int2 --threads 2 --rounds 9
 
@@ -13,6 +15,7 @@ Needs idle cores: rounds in which others took a core are marked; too many leave 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnx_profile import PROMPT, profile, split
 from safetensors.torch import save_file
 
 from svdexport.checkpoint import Checkpoint, PairSpec, low_rank_config
@@ -37,7 +41,8 @@ from svdexport.verify.speed import measure
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj")
 SHARED = (QKV, ("self_attn.o_proj",), MLP, ("mlp.down_proj",))
-MULTIPLE = 32
+BLOCKS = {"fp32": 32, "int8": 32, "int4": 32, "int2": 128}
+"""Block of each precision where none is asked for; ranks are multiples of it."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,13 @@ SHAPES = {
 }
 
 
-def write(folder: Path, shape: Shape, kept: float | None) -> Checkpoint:
-    """A checkpoint folder in float16; ``kept`` None for the dense one."""
+def write(folder: Path, shape: Shape, kept: float | None, multiple: int = 1) -> Checkpoint:
+    """A checkpoint folder in float16; ``kept`` None for the dense one.
+
+    Ranks are the nearest ``multiple`` to what keeps that share.
+    """
+    if (folder / "config.json").exists():
+        return Checkpoint.open(folder)
     folder.mkdir(parents=True)
     linears, tensors = shape.linears(), dict[str, torch.Tensor]()
     low_rank: dict[str, PairSpec] = {}
@@ -109,7 +119,7 @@ def write(folder: Path, shape: Shape, kept: float | None) -> Checkpoint:
             rows, columns = sum(linears[m][0] for m in group), linears[group[0]][1]
             rank = 0
             if kept is not None:
-                rank = int(kept * rows * columns / (rows + columns) / MULTIPLE) * MULTIPLE
+                rank = round(kept * rows * columns / (rows + columns) / multiple) * multiple
                 add(f"{base}.{group[0]}.lr_a.weight", rank, columns)
             for member in group:
                 name = f"{base}.{member}"
@@ -137,50 +147,60 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, default="six-layers")
     parser.add_argument("--kept", type=float, default=0.5)
-    parser.add_argument("--precisions", default="fp32,int8,int4,int2")
-    parser.add_argument("--block-size", type=int, help="default: 32, and 128 for int2")
+    parser.add_argument(
+        "--precisions", default="fp32,int8,int4,int2", help="int8:128 for int8 in blocks of 128"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--prefill", default="128,512")
+    parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--work", type=Path, help="keep the models here, or take them from here")
+    parser.add_argument("--profile", action="store_true", help="time by operator, and the limit")
     parser.add_argument("--runtime", choices=("genai", "plain"), default="genai")
     parser.add_argument("--json", type=Path, help="write every sample here")
     args = parser.parse_args()
     torch.manual_seed(0)
     shape, reports = SHAPES[args.shape], {}
     print(f"{args.shape}, kept {args.kept}, {args.threads} threads, {args.runtime}", flush=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        folders = {
-            "dense": write(work / "dense", shape, None),
-            "pairs": write(work / "pairs", shape, args.kept),
-        }
-        for precision in args.precisions.split(","):
-            reports[precision] = _one(args, precision, folders, work)
+    with contextlib.ExitStack() as stack:
+        work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        dense = write(work / "dense", shape, None)
+        for label in args.precisions.split(","):
+            precision, _, asked = label.partition(":")
+            block = int(asked or BLOCKS[precision])
+            pairs = write(work / f"pairs-{block}", shape, args.kept, block)
+            spec = OnnxExport.model_validate({"precision": precision, "block_size": block})
+            reports[label] = _one(args, label, spec, {"dense": dense, "pairs": pairs}, work)
     if args.json:
         args.json.write_text(json.dumps(reports, indent=1))
 
 
 def _one(
-    args: argparse.Namespace, precision: str, folders: dict[str, Checkpoint], work: Path
+    args: argparse.Namespace,
+    label: str,
+    spec: OnnxExport,
+    folders: dict[str, Checkpoint],
+    work: Path,
 ) -> dict[str, Any]:
-    block = {} if args.block_size is None else {"block_size": args.block_size}
-    spec = OnnxExport.model_validate({"precision": precision, **block})
     source = folders["dense"].path
     runtimes: list[Runtime] = []
     sizes = []
     for name, checkpoint in folders.items():
-        out = work / f"{name}-{precision}"
-        export(ExportRequest(checkpoint, source, None, out, work, spec))
+        out = work / f"{name}-{label.replace(':', '-')}"
+        if not out.exists():
+            export(ExportRequest(checkpoint, source, None, out, work, spec))
         sizes.append(linear_bytes(out))
         opener = GenaiRuntime if args.runtime == "genai" else OrtRuntime
         runtimes.append(opener(out, threads=args.threads))
-    settings = SpeedSettings(threads=args.threads, rounds=args.rounds)
+    lengths = tuple(int(length) for length in args.prefill.split(","))
+    settings = SpeedSettings(args.threads, args.rounds, lengths, args.decode)
     report = measure(runtimes, settings)
     share = sizes[1] / sizes[0]
     for timing in report.artifacts[1].timings:
         speedup = timing.speedup
         assert speedup is not None
         print(
-            f"{precision:5} {timing.metric:12} {sizes[0] / 1e6:6.1f} -> {sizes[1] / 1e6:6.1f} MB  "
+            f"{label:8} {timing.metric:12} {sizes[0] / 1e6:6.1f} -> {sizes[1] / 1e6:6.1f} MB  "
             f"{timing.tps:8.1f} t/s  speedup {speedup.median:.2f} "
             f"({speedup.low:.2f} to {speedup.high:.2f})  efficiency {speedup.median * share:.2f}  "
             f"{timing.verdict}, {timing.disturbed_rounds} disturbed",
@@ -188,7 +208,39 @@ def _one(
         )
     for runtime in runtimes:
         runtime.close()
-    return asdict(report)
+    found = asdict(report)
+    if args.profile:
+        metrics = [(f"prefill_{length}", length, 0) for length in lengths]
+        metrics += [("decode", PROMPT, args.decode)] if args.decode else []
+        found["profile"] = {
+            name: _profiled(
+                label,
+                name,
+                [runtime.path for runtime in runtimes],
+                share,
+                args.threads,
+                tokens,
+                steps,
+            )
+            for name, tokens, steps in metrics
+        }
+    return found
+
+
+def _profiled(
+    label: str, name: str, paths: list[Path], share: float, threads: int, tokens: int, steps: int
+) -> list[dict[str, float]]:
+    """Print and give the time by operator, dense and pairs."""
+    times = [profile(path, threads, tokens, steps) for path in paths]
+    (dense, rest), (pairs, rest_pairs) = (split(found) for found in times)
+    limit = share * (dense + rest) / (share * dense + rest)
+    print(
+        f"{label:8} {name:12} ms in products {dense * 1e3:.2f} -> {pairs * 1e3:.2f}, efficiency "
+        f"{dense * share / pairs:.2f}; others {rest * 1e3:.2f} -> {rest_pairs * 1e3:.2f}; "
+        f"limit {limit:.2f}",
+        flush=True,
+    )
+    return [dict(found) for found in times]
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ class Model {
     model.session = await ort.InferenceSession.create(graph, {
       executionProviders: ["wasm"],
       externalData: [{ path: "model.onnx.data", data }],
+      // Weights behind DequantizeLinear become float32 once, here; WebAssembly has no kernel that
+      // multiplies with packed ones, and would unpack them for every token.
+      extra: { session: { disable_quant_qdq: "1" } },
     });
     return model;
   }
