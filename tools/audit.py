@@ -7,12 +7,15 @@ database cannot be reached. Exit 1 where a package has a known vulnerability.
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 
-DATABASE = "https://pypi.org/pypi/pip/json"
+# What pip-audit asks for each package. A mirror may know packages and no versions of them: pip-audit
+# then passes over every one, says "No known vulnerabilities found" and exits 0.
+DATABASE = "https://pypi.org/pypi/pip/24.0/json"
 SECONDS = 10
 
 
@@ -21,10 +24,11 @@ def why_not(installed: bool, database: str = DATABASE) -> str | None:
     if not installed:
         return "pip-audit is not installed"
     try:
-        with urllib.request.urlopen(database, timeout=SECONDS):
-            return None
-    except (urllib.error.URLError, OSError) as error:
+        with urllib.request.urlopen(database, timeout=SECONDS) as answer:
+            known = "vulnerabilities" in json.load(answer)
+    except (urllib.error.URLError, OSError, ValueError) as error:
         return f"its database cannot be reached ({error})"
+    return None if known else "its database lists no vulnerabilities (a mirror?)"
 
 
 def main() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import importlib.util
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,30 @@ def test_it_is_skipped_by_name() -> None:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}/"
         assert "cannot be reached" in str(audit.why_not(True, address))
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [(b'{"vulnerabilities": []}', None), (b"{}", "lists no"), (b"", "reached"), (None, "404")],
+)
+def test_a_database_must_list_vulnerabilities(answer: bytes | None, expected: str | None) -> None:
+    """A mirror that knows packages and not their versions would have the audit pass unseen."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802 (http.server's name)
+            self.send_response(404 if answer is None else 200)
+            self.end_headers()
+            self.wfile.write(answer or b"")
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        found = audit.why_not(True, f"http://127.0.0.1:{server.server_address[1]}/")
+        thread.join()
+    assert found is None if expected is None else expected in str(found)
 
 
 def test_lint_runs_it() -> None:
