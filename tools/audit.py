@@ -13,7 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 
-# What pip-audit asks for each package. A mirror may know packages and no versions of them: pip-audit
+# What pip-audit asks for each package. A mirror may know packages and not their versions: pip-audit
 # then passes over every one, says "No known vulnerabilities found" and exits 0.
 DATABASE = "https://pypi.org/pypi/pip/24.0/json"
 SECONDS = 10

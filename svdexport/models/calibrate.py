@@ -160,6 +160,7 @@ class _Sweep:
             progress("calibrate", index + 1, total)
             if index in self.wanted.blocks:
                 yield watch.moments(self.ranks)
+            del watch  # before the next block's moments stand beside these
 
     def backward(self, progress: Progress) -> Iterator[BlockMoments]:
         """Boundary i is the input of block i; the last one turns from outputs to gradients."""
@@ -182,6 +183,7 @@ class _Sweep:
             progress("calibrate", total - index, total)
             if index in self.wanted.blocks:
                 yield watch.moments(self.ranks)
+            del watch  # before the next block's moments stand beside these
 
     def _tail(self, part: slice) -> Tensor:
         """One sample at a time: the head's logits are the widest tensor of the model."""

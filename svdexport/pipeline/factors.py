@@ -109,6 +109,7 @@ def factorize_blocks(
     found = moments_for([recipe], structure, weights, tokens, scratch, reporter, finished, ranks)
     for moments in found:
         worker.take(moments)
+        del moments  # not kept while the next block's are collected
     shutil.rmtree(scratch)
 
 

@@ -35,7 +35,7 @@ def test_a_database_must_list_vulnerabilities(answer: bytes | None, expected: st
     """A mirror that knows packages and not their versions would have the audit pass unseen."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802 (http.server's name)
+        def do_GET(self) -> None:
             self.send_response(404 if answer is None else 200)
             self.end_headers()
             self.wfile.write(answer or b"")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -230,3 +232,23 @@ def test_a_writer_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
         writer.add("a", torch.ones(3))
         writer.add("b", torch.ones(3, dtype=torch.complex64))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("statistics", [["inputs"], ["inputs", "gradients"]])
+def test_one_block_s_moments_are_in_memory_at_a_time(tmp_path: Path, statistics: Any) -> None:
+    model = make_model(tmp_path / "m", "llama", num_hidden_layers=3)
+    tokens = torch.randint(0, 300, (4, 12), generator=torch.Generator().manual_seed(1))
+    before: list[weakref.ref[Any]] = []
+    kept: list[bool] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "calibrate" and before:
+            kept.append(before[-1]() is not None)
+
+    for moments in calibrate(
+        model, structure_of(tmp_path / "m"), tokens, batch=2, statistics=statistics,
+        scratch=tmp_path, progress=progress,
+    ):  # fmt: skip
+        before.append(weakref.ref(next(iter(moments.inputs.values()))))
+        del moments
+    assert len(before) == 3 and kept == [False, False]

@@ -1,0 +1,40 @@
+"""What a recipe gave is written into its head, in place of what it gave before."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+from svdexport.core.measures import Verdict
+from svdexport.recipe import load_recipe
+from tests.unit.report_example import example_result as example
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("figures", ROOT / "tools/benchmarks/recipes.py")
+assert spec is not None and spec.loader is not None
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+
+
+def test_heads_take_the_figures_and_stay_recipes(tmp_path: Path) -> None:
+    lines = tool.gave(example())
+    assert any("perplexity" in line and "MB" in line for line in lines)
+    for name in tool.NAMES:
+        text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+        once = tool.with_head(text, lines)
+        assert tool.with_head(once, lines) == once
+        assert once.splitlines()[0] == text.splitlines()[0]
+        assert all(len(line) <= 98 for line in once.splitlines() if line.startswith("# Gave"))
+        path = tmp_path / "recipes" / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(once)
+        new, old = load_recipe(path), load_recipe(ROOT / "recipes" / f"{name}.yaml")
+        assert new.compress == old.compress and new.export == old.export
+
+
+def test_a_noisy_machine_gives_no_speed() -> None:
+    result = example()
+    noisy = dataclasses.replace(result, verdict=Verdict("inconclusive", 7, ()))
+    assert any("x (" in line for line in tool.gave(result))
+    assert not any("x (" in line for line in tool.gave(noisy))
