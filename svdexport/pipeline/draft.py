@@ -75,6 +75,9 @@ def choose(target: Target, shapes: Shapes) -> Choice:
     if target == "browser":
         why = "onnxruntime in a browser, where the download and 4 GB of memory are the limit"
         gates = (f"max_bytes: {BROWSER_BYTES}",)
+        # WebAssembly has no kernel for MatMulNBits; see docs/onnx.md
+        exports = ["{format: onnx, precision: int8, operators: standard}"]
+        return Choice(why, tuple(exports), 0.85, 32, gates)
     return Choice(why, ("{format: onnx, precision: int4, block_size: 32}",), 0.85, 32, gates)
 
 

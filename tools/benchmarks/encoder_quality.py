@@ -130,7 +130,7 @@ def main() -> None:
                 checkpoints[f"kept {kept}"] = Checkpoint.open(work / f"kept-{kept}")
                 continue
             plan = compress.allocate_ranks(recipe(args, float(kept)), structure, work / "factors")
-            low_rank = compress.low_rank_of(plan)
+            low_rank = compress.low_rank_of(plan, structure)
             source = checkpoints["dense"]
             parts = assembled(
                 source, low_rank, compress.pair_tensors(made.compress, plan, work / "factors")

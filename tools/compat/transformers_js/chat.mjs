@@ -4,12 +4,12 @@
 import path from "node:path";
 import { env, pipeline, TextStreamer } from "@huggingface/transformers";
 
-const [folder, question] = process.argv.slice(2);
+const [folder, question, dtype = "fp32"] = process.argv.slice(2);
 env.allowRemoteModels = false;
 env.localModelPath = path.dirname(path.resolve(folder)) + path.sep;
 
 const generate = await pipeline("text-generation", path.basename(folder), {
-  dtype: "fp32", // which only chooses the file: onnx/model.onnx
+  dtype, // which only chooses the file: fp32 is onnx/model.onnx, q4 is onnx/model_q4.onnx
   device: "cpu",
 });
 console.log(`transformers.js ${env.version}, Node ${process.version}`);
