@@ -3,7 +3,8 @@
 An ordinary Hugging Face folder. ``config.json`` carries ``quantization_config`` with
 ``quant_method: svdexport`` and, per compressed linear, its rank and the name of the linear that
 holds the (possibly shared) first factor. Tensors: ``<leader>.lr_a.weight`` (k, n),
-``<member>.lr_b.weight`` (m, k), ``<member>.bias``. A dense folder opens the same way.
+``<member>.lr_b.weight`` (m, k), ``<member>.bias``. In the remapped layout
+``<leader>.lr_slots.weight`` holds A and all B. A dense folder opens the same way.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ QUANT_METHOD = "svdexport"
 FORMAT_VERSION = 1
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+SLOTS = ".lr_slots.weight"  # a group's pair in Dobi-SVD's remapped layout (core/remap.py)
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,15 @@ class Checkpoint:
         config: its config.json.
         low_rank: compressed linears by module name; empty for a dense folder.
         files: tensor name -> safetensors file that holds it.
+        shapes: of a remapped checkpoint, (m, n) of each compressed linear; its factors are made
+            from the slots when they are asked for.
     """
 
     path: Path
     config: dict[str, Any]
     low_rank: dict[str, PairSpec]
     files: dict[str, Path]
+    shapes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -75,23 +80,45 @@ class Checkpoint:
             raise InputError(f"{path}: no config.json: not a Hugging Face model folder") from None
         except (ValueError, OSError) as error:
             raise InputError(f"{path}/config.json: cannot be read ({error})") from None
-        return cls(path, config, _low_rank_of(path, config), _tensor_files(path))
+        pairs, files = _low_rank_of(path, config), _tensor_files(path)
+        return cls(path, config, pairs, files, _remapped_shapes(path, config, pairs))
 
     def names(self) -> list[str]:
-        return sorted(self.files)
+        """Tensors of the model: of a remapped checkpoint factors, not slots."""
+        stored = {name for name in self.files if not name.endswith(SLOTS)}
+        return sorted(stored | self._factors().keys())
 
     def has(self, name: str) -> bool:
-        return name in self.files
+        return name in self.files or name in self._factors()
+
+    def _factors(self) -> dict[str, str]:
+        """Factor tensors that are made from slots -> the leader that holds them."""
+        if not self.shapes:
+            return {}
+        made = {f"{name}.lr_b.weight": spec.group for name, spec in self.low_rank.items()}
+        return made | {f"{leader}.lr_a.weight": leader for leader in made.values()}
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, in the dtype it is stored in."""
         from safetensors import safe_open
 
+        leader = self._factors().get(name)
+        if leader is not None:
+            return self._restored(leader)[name]
         if name not in self.files:
             raise InputError(f"{self.path}: tensor {name} is missing")
         with safe_open(self.files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+    def _restored(self, leader: str) -> dict[str, Tensor]:
+        """The factors of a group of a remapped checkpoint, by tensor name."""
+        members = self.groups()[leader]
+        sizes = {member: self.shapes[member] for member in members}
+        try:
+            return restored_group(self.tensor(f"{leader}{SLOTS}"), leader, sizes)
+        except ValueError as error:
+            raise InputError(f"{self.path}: {leader}: {error}") from None
 
     def pair(self, linear: str) -> FactorPair:
         """The pair of a compressed linear, A taken from its group's leader."""
@@ -133,6 +160,23 @@ def experts_apart(low_rank: Iterable[str]) -> bool:
     return any(re.search(r"\.experts\.\d+\.", name) for name in low_rank)
 
 
+def restored_group(
+    slots: Tensor, leader: str, shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, Tensor]:
+    """Factor tensors by name, float32, of a group's slots; ``shapes`` (m, n) by member.
+
+    Raises ValueError where the slots are of another shape.
+    """
+    import torch
+
+    from svdexport.core.remap import restore
+
+    rows = [m for m, _ in shapes.values()]
+    a, b = restore(slots, sum(rows), next(iter(shapes.values()))[1])
+    parts = zip(shapes, torch.split(b, rows), strict=True)
+    return {f"{leader}.lr_a.weight": a} | {f"{n}.lr_b.weight": p.contiguous() for n, p in parts}
+
+
 def is_encoder(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a model without a language-model head, such as BertModel."""
     name = str((config.get("architectures") or [""])[0])
@@ -169,6 +213,21 @@ def _low_rank_of(path: Path, config: dict[str, Any]) -> dict[str, PairSpec]:
         }
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"{path}/config.json: quantization_config.low_rank is malformed") from None
+
+
+def _remapped_shapes(
+    path: Path, config: dict[str, Any], pairs: Mapping[str, PairSpec]
+) -> dict[str, tuple[int, int]]:
+    found = (config.get("quantization_config") or {}).get("remapped") if pairs else None
+    if found is None:
+        return {}
+    try:
+        shapes = {str(name): (int(m), int(n)) for name, (m, n) in found.items()}
+    except (TypeError, ValueError, AttributeError):
+        raise InputError(f"{path}/config.json: quantization_config.remapped is malformed") from None
+    if shapes.keys() != pairs.keys() or any(min(shape) < 1 for shape in shapes.values()):
+        raise InputError(f"{path}/config.json: quantization_config.remapped does not fit low_rank")
+    return shapes
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:

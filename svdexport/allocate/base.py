@@ -9,8 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from svdexport.core.lowrank import break_even_rank, pair_params, round_rank
+from svdexport.core.lowrank import pair_params, round_rank
 from svdexport.core.moments import Statistic
+from svdexport.core.remap import slots_per_rank
 from svdexport.errors import RecipeError
 from svdexport.recipe.settings import Settings
 
@@ -30,6 +31,7 @@ class Candidate:
         similarity: mean cosine of its block's input and output, where it was asked for.
         trials: (kept share, perplexity with this group alone truncated), and position: a learned
             rank; for the strategies that measure them.
+        remapped: ranks are stored as Dobi-SVD remaps them, in max(m, n) parameters each.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Candidate:
     trials: tuple[tuple[float, float], ...] | None = None
     position: float | None = None
     count: int = 1
+    remapped: bool = False
 
     @property
     def dense_params(self) -> int:
@@ -49,8 +52,9 @@ class Candidate:
 
     @property
     def rank_params(self) -> int:
-        """Parameters of one rank."""
-        return self.count * pair_params(1, self.out_features, self.in_features)
+        """Parameters of one rank; remapped, slots of 16 bits."""
+        shape = self.out_features, self.in_features
+        return self.count * (slots_per_rank(*shape) if self.remapped else pair_params(1, *shape))
 
     def cost(self, rank: int | None) -> int:
         """Parameters at a rank; None is dense."""
@@ -60,7 +64,7 @@ class Candidate:
 
     def ranks(self, multiple: int) -> list[int]:
         """The ranks a runtime takes that still save parameters, ascending; may be empty."""
-        limit = break_even_rank(self.out_features, self.in_features)
+        limit = (self.dense_params - 1) // self.rank_params
         return list(range(multiple, limit + 1, multiple))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from svdexport.checkpoint import (
     INDEX_NAME,
     SINGLE_NAME,
+    SLOTS,
     Checkpoint,
     EmbeddingSpec,
     PairSpec,
@@ -23,6 +24,8 @@ from svdexport.checkpoint import (
     low_rank_config,
     module_name,
 )
+from svdexport.core.gauge import balance
+from svdexport.core.remap import remap
 from svdexport.export.base import Exported, ExportRequest, TensorRecord
 from svdexport.export.safetensors_write import SafetensorsWriter
 from svdexport.files import write_atomic
@@ -148,13 +151,37 @@ def export(request: ExportRequest) -> Exported:
         name = name if name in DTYPES else "float32"
     dtype = DTYPES[name]
     config = checkpoint.config | {"dtype": name, "torch_dtype": name}
-    cast = (
+    cast: Iterable[Named] = (
         (key, tensor.to(dtype) if tensor.is_floating_point() else tensor)
         for key, tensor in checkpoint.iter_tensors()
     )
+    if spec.layout == "remapped":
+        shapes = _shapes(checkpoint)
+        section = config["quantization_config"] | {
+            "remapped": {n: list(s) for n, s in shapes.items()}
+        }
+        config["quantization_config"] = section
+        cast = _remapped(checkpoint, cast)
     records = write_checkpoint(request.out, request.source, config, cast)
     total = sum(f.stat().st_size for f in request.out.glob("*.safetensors"))
     return Exported(request.out, "checkpoint", name, total, records)
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """(m, n) of every compressed linear."""
+    pairs = ((name, checkpoint.pair(name)) for name in checkpoint.low_rank)
+    return {name: (pair.out_features, pair.in_features) for name, pair in pairs}
+
+
+def _remapped(checkpoint: Checkpoint, cast: Iterable[Named]) -> Iterator[Named]:
+    """Slots in the place of each group's factors; balanced, so that 8 bits suit both sides."""
+    factors = {f"{spec.group}.lr_a.weight" for spec in checkpoint.low_rank.values()}
+    factors |= {f"{name}.lr_b.weight" for name in checkpoint.low_rank}
+    yield from ((name, tensor) for name, tensor in cast if name not in factors)
+    for leader, members in checkpoint.groups().items():
+        pairs = [checkpoint.pair(member) for member in members]
+        stacked = torch.cat([pair.b.float() for pair in pairs])
+        yield f"{leader}{SLOTS}", remap(*balance(pairs[0].a.float(), stacked))
 
 
 def read_back(
@@ -170,8 +197,9 @@ def check_round_trip(path: Path, tensors: dict[str, TensorRecord]) -> list[str]:
     for file in sorted(path.glob("*.safetensors")):
         check_safetensors(file)
     written = Checkpoint.open(path)
-    problems = [f"{name}: not in the file" for name in tensors if not written.has(name)]
-    for name, tensor in written.iter_tensors():
+    problems = [f"{name}: not in the file" for name in tensors if name not in written.files]
+    for name in sorted(written.files):
+        tensor = written.tensor(name)
         if name not in tensors:
             problems.append(f"{name}: not meant to be there")
         elif _record(tensor) != tensors[name]:

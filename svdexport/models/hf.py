@@ -24,6 +24,7 @@ from svdexport.checkpoint import (
     experts_apart,
 )
 from svdexport.models.modules import replace_embedding, replace_linears
+from svdexport.models.remapped import factors_for_slots, slots_for_factors
 
 
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -35,6 +36,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         version: int = FORMAT_VERSION,
         low_rank: dict[str, dict[str, Any]] | None = None,
         embedding: dict[str, Any] | None = None,
+        remapped: dict[str, list[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         if version != FORMAT_VERSION:
@@ -43,6 +45,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.version = version
         self.low_rank = low_rank or {}
         self.embedding = embedding
+        self.remapped = remapped
 
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -56,6 +59,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
             for name, entry in self.quantization_config.low_rank.items()
         }
         replace_linears(model, pairs)
+        if self.quantization_config.remapped is not None:
+            slots_for_factors(model, pairs)
         if self.quantization_config.embedding is not None:
             replace_embedding(model, EmbeddingSpec(**self.quantization_config.embedding))
         return model
@@ -66,6 +71,13 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if not experts_apart(self.quantization_config.low_rank):
             return found
         return [c for c in found if not any(".experts.*." in s for s in c.source_patterns)]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        shapes = self.quantization_config.remapped
+        if shapes is not None:
+            factors_for_slots(model, {name: (m, n) for name, (m, n) in shapes.items()})
+            self.quantization_config.remapped = None  # what is saved from here on has factors
+        return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svdexport.core.lowrank import break_even_rank, pair_params
+from svdexport.core.remap import slots_per_rank
 from svdexport.core.soft_truncation import soft_truncate
 from svdexport.models.blocks import InputGroup
 from svdexport.models.calibrate import Progress
@@ -24,19 +26,24 @@ def learn_positions(
     param_ratio: float,
     settings: DobiPositions,
     progress: Progress = lambda what, done, total: None,
+    *,
+    remapped: bool = False,
 ) -> dict[str, float]:
     """The rank k of each group that a gradient descent on the model's own loss finds.
 
     Loss: perplexity + ratio_weight * |kept - param_ratio| + range_weight * the squared share by
     which positions leave [1, break-even], one sample a step. The weights stay as they are: every
     group's outputs W x are truncated softly in the forward pass. A sample must have more tokens
-    than the ranks in question, or nothing is cut.
+    than the ranks in question, or nothing is cut. With ``remapped`` a rank counts max(m, n)
+    parameters, and break-even is the full rank.
 
     Returns: positions by leader, within [1, break-even].
     """
     shapes = {g.leader: _shape(g) for g in groups}
-    limits = torch.tensor([max(1, break_even_rank(*shapes[g.leader])) for g in groups]).double()
-    unit = torch.tensor([pair_params(1, *shapes[g.leader]) for g in groups]).double()
+    ends = min if remapped else break_even_rank
+    limits = torch.tensor([max(1, ends(*shapes[g.leader])) for g in groups]).double()
+    each = slots_per_rank if remapped else partial(pair_params, 1)
+    unit = torch.tensor([each(*shapes[g.leader]) for g in groups]).double()
     dense = torch.tensor([m * n for m, n in shapes.values()]).double()
     start = torch.minimum(limits, param_ratio * dense / unit)
     positions = start.clone().requires_grad_(True)

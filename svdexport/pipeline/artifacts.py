@@ -64,7 +64,8 @@ def artifact_name(spec: Export) -> str:
     if isinstance(spec, GgufExport):
         return f"model-{spec.label}.gguf"
     if isinstance(spec, CheckpointExport):
-        return "checkpoint" if spec.dtype == "source" else f"checkpoint-{spec.dtype}"
+        remapped = "-remapped" if spec.layout == "remapped" else ""
+        return f"checkpoint{'' if spec.dtype == 'source' else f'-{spec.dtype}'}{remapped}"
     return f"onnx-{spec.label}"
 
 

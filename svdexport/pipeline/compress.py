@@ -57,7 +57,7 @@ def allocate_ranks(
         similarity = found.get(f"{group.leader}.similarity")
         candidates.append(
             dataclasses.replace(
-                candidate(group),
+                candidate(group, recipe.remapped),
                 energies=found[f"{group.leader}.energies"].numpy(),
                 similarity=None if similarity is None else float(similarity),
                 **more.get(group.leader, {}),
@@ -116,11 +116,12 @@ def all_dense(recipe: Recipe, structure: Structure) -> list[GroupPlan]:
     return [GroupPlan(group, choice, 0.0, 0.0) for group in chosen_groups(recipe, structure)]
 
 
-def candidate(group: InputGroup) -> Candidate:
+def candidate(group: InputGroup, remapped: bool = False) -> Candidate:
     """The group as an allocation strategy sees it, without energies."""
     rows = sum(member.out_features for member in group.members)
     kind = "+".join(member.name.rpartition(".")[2] for member in group.members)
-    return Candidate(group.leader, rows, group.members[0].in_features, kind=kind, block=group.block)
+    columns = group.members[0].in_features
+    return Candidate(group.leader, rows, columns, kind=kind, block=group.block, remapped=remapped)
 
 
 def _plan(group: InputGroup, choice: Allocation, energies: Tensor, errors: Tensor) -> GroupPlan:

@@ -28,13 +28,15 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         shapes = shapes_of(source.folder, source.trust_remote_code)
         groups = chosen_groups(recipe, shapes.structure)
         chosen = uniform.allocate(
-            [candidate(group) for group in groups], compress.kept, compress.rank_multiple
+            [candidate(group, recipe.remapped) for group in groups],
+            compress.kept,
+            compress.rank_multiple,
         )
         exports = exports_of(recipe, source, shapes, groups, chosen, Path(scratch))
     rows = []
     for group in groups:
         choice = chosen[group.leader]
-        item = candidate(group)
+        item = candidate(group, recipe.remapped)
         rows.append(
             {
                 "block": group.block,
@@ -47,7 +49,9 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
             }
         )
     dense = sum(candidate(group).dense_params for group in groups)
-    params = sum(candidate(group).cost(chosen[group.leader].rank) for group in groups)
+    params = sum(
+        candidate(group, recipe.remapped).cost(chosen[group.leader].rank) for group in groups
+    )
     return {
         "model": str(source.given),
         "method": compress.method,

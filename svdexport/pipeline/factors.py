@@ -268,7 +268,10 @@ def _group_data(
     if moments.gradients:
         gradients = tuple(moments.gradients[name].matrix for name in names)
     fisher = tuple(moments.fisher[name] for name in names) if moments.fisher else None
-    limit = max(1, break_even_rank(rows, group.members[0].in_features))
+    columns = group.members[0].in_features
+    # in bytes, or remapped, a pair may be smaller than the dense matrix at any rank
+    by_params = not (recipe.compress.by_bytes or recipe.remapped)
+    limit = max(1, break_even_rank(rows, columns)) if by_params else min(rows, columns)
     return GroupData(
         weights,
         inputs,

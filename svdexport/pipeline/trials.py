@@ -44,7 +44,9 @@ def measured(
         assert isinstance(settings, DobiPositions)
         text = tokens[: settings.samples, : settings.length]
         ratio = recipe.compress.kept
-        found = learn_positions(model, groups, text, ratio, settings, progress)
+        found = learn_positions(
+            model, groups, text, ratio, settings, progress, remapped=recipe.remapped
+        )
         return {leader: {"position": position} for leader, position in found.items()}
     return {}
 

@@ -109,10 +109,16 @@ class OnnxExport(_Section):
 
 
 class CheckpointExport(_Section):
-    """A Hugging Face folder; ``source`` keeps the source model's dtype."""
+    """A Hugging Face folder; ``source`` keeps the source model's dtype.
+
+    ``layout: remapped`` stores a pair of rank k in k max(m, n) slots of 16 bits, mostly two 8-bit
+    entries a slot (Dobi-SVD's remapping). Budgets and ranks of the whole recipe then count those
+    slots, and any rank below the full one saves bytes; other exports do not go with it.
+    """
 
     format: Literal["checkpoint"] = "checkpoint"
     dtype: Literal["source", "float32", "float16", "bfloat16"] = "source"
+    layout: Literal["factors", "remapped"] = "factors"
 
 
 Export: TypeAlias = Annotated[

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from svdexport.recipe.exports import Export, GgufExport
+from svdexport.recipe.exports import CheckpointExport, Export, GgufExport
 from svdexport.recipe.patterns import Patterns, as_tuple
 from svdexport.recipe.refiners import Refine
 from svdexport.recipe.section import Section as _Section
@@ -342,6 +342,26 @@ class Recipe(_Section):
                 "compress.budget.bytes needs method: kfac_svd, whose losses compare across "
                 "layers, and a quantize section"
             )
+        return self
+
+    @property
+    def remapped(self) -> bool:
+        """Whether pairs are stored, and counted, in Dobi-SVD's remapped layout."""
+        return any(isinstance(e, CheckpointExport) and e.layout == "remapped" for e in self.export)
+
+    @model_validator(mode="after")
+    def _remapped_alone(self) -> Recipe:
+        if not self.remapped:
+            return self
+        others = [e for e in self.export if getattr(e, "layout", "factors") != "remapped"]
+        if others:
+            raise ValueError(
+                "export: layout remapped counts ranks in its own bytes; other exports, here "
+                f"format {others[0].format}, need a recipe of their own"
+            )
+        if self.compress.method in ("none", "emb_ae"):
+            method = self.compress.method
+            raise ValueError(f"export: layout remapped: {method} makes no pairs of linears")
         return self
 
     @model_validator(mode="after")
