@@ -60,8 +60,9 @@ def noise_model(
 ) -> NoiseModel:
     """The model of a group of linears W_i (m_i, n) with one input and its nested factors.
 
-    B's columns are taken as scaled to one norm, and A H A^T as diagonal, which it is for the
-    factors of :func:`svdexport.core.decompose.decompose`.
+    The factors are those of :func:`svdexport.core.decompose.decompose`, whose A H A^T is diagonal,
+    in the even gauge; the pair is taken as mixed (:mod:`svdexport.core.gauge`): rows of A, columns
+    of B and components of A x then are of one size each, the mean of what they were.
     """
     trace = feedback_trace(inputs, damping)
     added = [output_damping * float(g.diagonal().mean()) for g in gradients]
@@ -74,8 +75,9 @@ def noise_model(
     felt = torch.zeros(len(a), dtype=torch.float64)
     for g, part, add in zip(gradients, parts, added, strict=True):
         felt += ((g.double() @ part + add * part) * part).sum(dim=0)
-    of_a = trace * torch.cumsum(a.square().mean(dim=1) * felt, dim=0)
+    count = torch.arange(1, len(a) + 1, dtype=torch.float64)
+    of_a = trace * a.square().mean(dim=1).cumsum(0) * felt.cumsum(0) / count
     ranks = ((a @ inputs.double()) * a).sum(dim=1)
     total = sum(traces) / len(b)
-    of_b = total * torch.cumsum(ranks * b.square().sum(dim=0), dim=0)
+    of_b = total * ranks.cumsum(0) * b.square().sum(dim=0).cumsum(0) / count
     return NoiseModel(dense, of_a, of_b)

@@ -32,7 +32,7 @@ from svdexport.export.gguf_plan import find_matches
 from svdexport.export.gguf_types import Types, held
 from svdexport.files import write_atomic
 from svdexport.models.blocks import InputGroup
-from svdexport.pipeline.compress import GroupPlan, candidate
+from svdexport.pipeline.compress import GroupPlan
 from svdexport.pipeline.factors import chosen_groups, factors_file
 from svdexport.pipeline.job import Job, ModelUnderWork
 from svdexport.recipe import GgufExport
@@ -119,9 +119,7 @@ def _group_options(
         yield Option(size, relative_noise(name) * float(dense), None, (name,))
     tail = torch.cat([found["energies"].flip(0).cumsum(0).flip(0), torch.zeros(1)])
     largest = len(of_a)
-    for rank in candidate(group).ranks(multiple):
-        if rank > largest:
-            break
+    for rank in range(multiple, largest + 1, multiple):
         entries = ENTRY_BYTES * (1 + len(group.members))
         for a, b in itertools.product(_fitting(n), _fitting(rank)):
             size = entries + stored(a, n, rank)

@@ -28,12 +28,16 @@ from svdexport.report.result import PlanRow
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """A group of linears with its rank (None: dense, with the reason) and predicted errors."""
+    """A group of linears with its rank (None: dense, with the reason) and predicted errors.
+
+    ``remapped``: its pair is stored, and counted, in Dobi-SVD's slots.
+    """
 
     group: InputGroup
     allocation: Allocation
     predicted_error: float | None
     relative_error: float | None
+    remapped: bool = False
 
 
 def allocate_ranks(
@@ -77,6 +81,7 @@ def allocate_ranks(
             chosen[group.leader],
             found[f"{group.leader}.energies"],
             found[f"{group.leader}.errors"],
+            recipe.remapped,
         )
         for group in groups
     ]
@@ -124,11 +129,13 @@ def candidate(group: InputGroup, remapped: bool = False) -> Candidate:
     return Candidate(group.leader, rows, columns, kind=kind, block=group.block, remapped=remapped)
 
 
-def _plan(group: InputGroup, choice: Allocation, energies: Tensor, errors: Tensor) -> GroupPlan:
+def _plan(
+    group: InputGroup, choice: Allocation, energies: Tensor, errors: Tensor, remapped: bool
+) -> GroupPlan:
     if choice.rank is None:
         return GroupPlan(group, choice, 0.0, 0.0)
     predicted = float(energies[choice.rank :].sum())
-    return GroupPlan(group, choice, predicted, float(errors[choice.rank - 1]))
+    return GroupPlan(group, choice, predicted, float(errors[choice.rank - 1]), remapped)
 
 
 def plan_rows(plan: list[GroupPlan]) -> list[PlanRow]:
@@ -141,6 +148,9 @@ def plan_rows(plan: list[GroupPlan]) -> list[PlanRow]:
             params = member.params
             if rank is not None:
                 params = rank * (member.out_features + (member.in_features if leads else 0))
+                if entry.remapped:  # all of a group's slots are with its leader
+                    item = candidate(entry.group, remapped=True)
+                    params = item.cost(rank) if leads else 0
             rows.append(
                 PlanRow(
                     name=member.name,

@@ -13,8 +13,10 @@ import torch
 from svdexport import api
 from svdexport.allocate.by_bytes import Option, choose
 from svdexport.core.decompose import decompose
+from svdexport.core.gauge import in_even_gauge, mixed
 from svdexport.core.gptq import GptqConfig, gptq, gptq_pair
 from svdexport.core.grids_gguf import GRIDS
+from svdexport.core.lowrank import FactorPair
 from svdexport.core.noise import noise_model, relative_noise
 from svdexport.errors import RecipeError
 from svdexport.pipeline.reporter import Reporter
@@ -72,7 +74,7 @@ def test_predicted_losses_are_those_of_the_quantiser() -> None:
     y = torch.randn(400, 96, generator=generator) * torch.linspace(0.5, 2, 96)
     g = (y.T @ y).double()
     metric = g + 0.1 * g.diagonal().mean() * torch.eye(96, dtype=torch.float64)
-    found = decompose([weight], h, [g])
+    found = in_even_gauge(decompose([weight], h, [g]), h)
     model = noise_model([weight], found, h, [g], damping=0.01, output_damping=0.1)
 
     def loss(residual: torch.Tensor) -> float:
@@ -83,7 +85,7 @@ def test_predicted_losses_are_those_of_the_quantiser() -> None:
         grid, config = GRIDS[name], GptqConfig(0.01, sweeps=0)
         dense = loss(gptq(weight, h, grid, config).values - weight)
         assert dense == pytest.approx(relative_noise(name) * model.dense, rel=0.5)
-        pair = found.pair(64)
+        pair = FactorPair(*mixed(found.a[:64], found.b[:, :64]))
         a, b = gptq_pair(pair, h, grid, grid, config)
         noise = relative_noise(name) * float(model.a[63] + model.b[63])
         assert loss(b.values @ a.values - pair.dense()) == pytest.approx(noise, rel=0.6)

@@ -118,6 +118,9 @@ def test_a_remapped_checkpoint_is_what_transformers_loads(tmp_path: Path) -> Non
     assert checks
     assert not any(check["problems"] for check in checks)
     assert svdexport.__version__
+    plan = json.loads((tmp_path / ".out.work" / "plan.json").read_text())
+    kept = sum(row["params"] for row in plan) / sum(row["params_dense"] for row in plan)
+    assert 0.65 <= kept <= 0.75
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     state = model.state_dict()
     for name in opened.names():
