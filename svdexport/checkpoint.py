@@ -13,7 +13,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ class Checkpoint:
         config: its config.json.
         low_rank: compressed linears by module name; empty for a dense folder.
         files: tensor name -> safetensors file that holds it.
-        shapes: of a remapped checkpoint, (m, n) of each compressed linear; its factors are made
+        remapped: of a remapped checkpoint, (m, n) of each compressed linear; its factors are made
             from the slots when they are asked for.
     """
 
@@ -68,7 +68,7 @@ class Checkpoint:
     config: dict[str, Any]
     low_rank: dict[str, PairSpec]
     files: dict[str, Path]
-    shapes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    remapped: dict[str, tuple[int, int]] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -81,7 +81,7 @@ class Checkpoint:
         except (ValueError, OSError) as error:
             raise InputError(f"{path}/config.json: cannot be read ({error})") from None
         pairs, files = _low_rank_of(path, config), _tensor_files(path)
-        return cls(path, config, pairs, files, _remapped_shapes(path, config, pairs))
+        return cls(path, config, pairs, files, remapped=_remapped_shapes(path, config, pairs))
 
     def names(self) -> list[str]:
         """Tensors of the model: of a remapped checkpoint factors, not slots."""
@@ -93,7 +93,7 @@ class Checkpoint:
 
     def _factors(self) -> dict[str, str]:
         """Factor tensors that are made from slots -> the leader that holds them."""
-        if not self.shapes:
+        if not self.remapped:
             return {}
         made = {f"{name}.lr_b.weight": spec.group for name, spec in self.low_rank.items()}
         return made | {f"{leader}.lr_a.weight": leader for leader in made.values()}
@@ -114,7 +114,7 @@ class Checkpoint:
     def _restored(self, leader: str) -> dict[str, Tensor]:
         """The factors of a group of a remapped checkpoint, by tensor name."""
         members = self.groups()[leader]
-        sizes = {member: self.shapes[member] for member in members}
+        sizes = {member: self.remapped[member] for member in members}
         try:
             return restored_group(self.tensor(f"{leader}{SLOTS}"), leader, sizes)
         except ValueError as error:

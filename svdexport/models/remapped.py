@@ -61,7 +61,8 @@ def factors_for_slots(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -
 def _leader(model: nn.Module, name: str) -> str:
     """Name of the linear whose A a member uses."""
     leader = _pair(model, name)._leader[0]
-    return next(found for found, module in model.named_modules() if module is leader)
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[leader]
 
 
 def _pair(model: nn.Module, name: str) -> LowRankLinear:
