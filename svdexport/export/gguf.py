@@ -13,12 +13,11 @@ from types import MappingProxyType
 import numpy as np
 
 from svdexport.checkpoint import Checkpoint
-from svdexport.errors import InputError
 from svdexport.export import gguf_stock
 from svdexport.export.base import Exported, ExportRequest
 from svdexport.export.gguf_fuse import ARCHITECTURES, fuse_qkv
 from svdexport.export.gguf_importance import NO_IMPORTANCE, Importance, read_importance
-from svdexport.export.gguf_layout import Layout, LayoutBuilder, PairPlace, Ready
+from svdexport.export.gguf_layout import Layout, LayoutBuilder, PairPlace, Ready, stacked
 from svdexport.export.gguf_packed import ready_tensors
 from svdexport.export.gguf_plan import changed_tensors, make_plan, unproven
 from svdexport.export.gguf_read import check_round_trip, read_back
@@ -47,15 +46,18 @@ def export(request: ExportRequest) -> Exported:
         raise TypeError(f"a GGUF export needs a GgufExport, not {type(spec).__name__}")
     plan = make_plan(request.checkpoint, request.source, request.source_gguf, request.work)
     base = plan.base.file
-    changed = changed_tensors(request.checkpoint, request.source, plan)
+    original = spec.base == "weight"  # whatever the compression has made of dense weights
+    changed = {} if original else changed_tensors(request.checkpoint, request.source, plan)
     places, out = plan.places, request.out
+    stacks = stacked(places, base)
     if spec.form == "stock":
-        changed |= gguf_stock.dense_weights(request.checkpoint, places)
-    elif spec.form == LORA_FORM:
-        changed |= gguf_stock.remainders(request.checkpoint, places, base)
+        changed |= gguf_stock.dense_weights(request.checkpoint, stacks)
+    elif spec.form == LORA_FORM and not original:
+        changed |= gguf_stock.remainders(request.checkpoint, stacks, base)
     importance = read_importance(request.work if spec.importance else None, plan.matches)
     kept = pairs_of(spec, base, request.checkpoint, places)
-    ready = ready_tensors(PackedFolder.open(request.packed), plan.matches, kept)
+    packed = PackedFolder.open(request.packed)
+    ready = ready_tensors(packed, plan.matches, kept)
     metadata, layout, types = assembled(
         spec, base, request.checkpoint, places, kept, changed, importance, ready
     )
@@ -64,7 +66,8 @@ def export(request: ExportRequest) -> Exported:
     size = out.stat().st_size
     if places and spec.form == LORA_FORM:
         beside = adapter_path(out)
-        parts = gguf_stock.adapter(request.checkpoint, places, base, types)
+        fitted = packed if original else None
+        parts = gguf_stock.adapter(request.checkpoint, stacks, base, types, fitted)
         records |= write(beside, *parts, base.alignment)
         size += beside.stat().st_size
         layout.notes.append(f"the pairs stand in the LoRA adapter {beside.name}; both files belong")
@@ -97,8 +100,6 @@ def assembled(
         places: of all pairs. kept: of those that the file has as pairs.
         changed, ready: tensors whose rows are not the base's, and those quantised before.
     """
-    if spec.form != "pairs" and any(place.match.expert is not None for place in places):
-        raise InputError(f"{places[0].linear}: experts are written in form: pairs only")
     types = Types.of(spec, tied="output.weight" not in base.tensors)
     layout = LayoutBuilder(base, checkpoint, types, kept, changed, importance, ready).build()
     form = spec.form if places else "pairs"

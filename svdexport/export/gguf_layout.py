@@ -134,10 +134,9 @@ class LayoutBuilder:
         self._base = base
         self._checkpoint = checkpoint
         self._types = types
-        self._places: dict[str, list[PairPlace]] = {}
+        self._places = {found[0].match.tensor: found for found in stacked(places, base)}
         self._fused: dict[str, list[PairPlace]] = {}
         for place in places:
-            self._places.setdefault(place.match.tensor, []).append(place)
             if place.rows is not None:
                 self._fused.setdefault(place.b, []).append(place)
         self._changed = changed
@@ -154,7 +153,7 @@ class LayoutBuilder:
         """All tensors, in the base's order."""
         for name in self._base.tensors:
             if places := self._places.get(name):
-                self._add_pair(_by_expert(places, self._base.tensors[name]))
+                self._add_pair(places)
             else:
                 self._add_dense(name)
         self._note_fallbacks()
@@ -176,7 +175,7 @@ class LayoutBuilder:
             )
         if shapes:
             raise InputError(f"{place.linear}: the experts of a layer must have one rank")
-        stack = info.ne[2:]
+        stack, leaders = info.ne[2:], [p.leader for p in places]
         self._layout.params_dense += len(places) * n_in * n_out
         self._layout.params += len(places) * rank * n_out
         if place.a not in self._done:
@@ -188,7 +187,7 @@ class LayoutBuilder:
                 lambda: np.concatenate(
                     [floats(checkpoint, f"{p.leader}.lr_a.weight") for p in places]
                 ),
-                None if stack else self._importance.of_first(place.leader),
+                self._importance.of_first(leaders),
             )
         parts = sorted(self._fused.get(place.b, []), key=_first_row) or places
         self._add(
@@ -198,7 +197,7 @@ class LayoutBuilder:
             lambda: np.concatenate(
                 [p.match.to_file(floats(checkpoint, f"{p.linear}.lr_b.weight")) for p in parts]
             ),
-            None if stack else self._importance.of_second(place.leader, rank),
+            self._importance.of_second(leaders, rank),
         )
 
     def _pair(self, place: PairPlace) -> FactorPair:
@@ -277,6 +276,17 @@ class LayoutBuilder:
 
 def _first_row(place: PairPlace) -> int:
     return place.rows.start if place.rows else 0
+
+
+def stacked(places: list[PairPlace], base: GgufFile) -> list[list[PairPlace]]:
+    """The places by tensor of the base: one each, or those of all experts in their order.
+
+    Raises InputError where some experts of a tensor only have a pair.
+    """
+    found: dict[str, list[PairPlace]] = {}
+    for place in places:
+        found.setdefault(place.match.tensor, []).append(place)
+    return [_by_expert(together, base.tensors[name]) for name, together in found.items()]
 
 
 def _by_expert(places: list[PairPlace], info: GgufTensor) -> list[PairPlace]:

@@ -27,31 +27,34 @@ def ready_tensors(
 ) -> dict[str, Ready]:
     """GGUF tensor -> what was packed for it: dense matrices, and the factors of ``places``.
 
-    Slices of stacked experts are not packed.
+    A stack of experts is taken where all its slices were packed in one type.
     """
-    ready: dict[str, Ready] = {}
-
-    def add(tensor: str, name: str, match: Match | None) -> None:
-        if any(part in tensor for part in NOT_QUANTISED):
-            return
-        if name in packed.kinds and (match is None or match.expert is None):
-            ready[tensor] = Ready(packed.kinds[name], _rows(packed, name, match))
-
+    found: dict[str, list[tuple[int, str, Match | None]]] = {}
     for name, match in matches.items():
-        add(match.tensor, name, match)
-    second: dict[str, list[PairPlace]] = {}
+        if match.expert is not None or name in packed.kinds:  # else a tied name, or nothing
+            found.setdefault(match.tensor, []).append((match.expert or 0, name, match))
+    fused: set[str] = set()
     for place in places:
-        if place.match.expert is None:
-            add(place.a, f"{place.leader}.lr_a.weight", None)
-            second.setdefault(place.b, []).append(place)
-    for b, members in second.items():
-        members.sort(key=lambda place: place.rows.start if place.rows else 0)
-        parts = [(f"{place.linear}.lr_b.weight", place.match) for place in members]
-        kinds = {packed.kinds.get(name) for name, _ in parts}
-        if len(kinds) > 1:
-            raise InputError(f"{b}: its linears were quantised to different types; fuse_qkv: false")
-        if (kind := kinds.pop()) is not None:
-            ready[b] = Ready(kind, _stacked([_rows(packed, *part) for part in parts]))
+        at = place.match.expert or 0
+        first = (at, f"{place.leader}.lr_a.weight", None)
+        if first not in found.setdefault(place.a, []):  # members share it
+            found[place.a].append(first)
+        if place.rows is not None:
+            at = place.rows.start
+            fused.add(place.b)
+        found.setdefault(place.b, []).append((at, f"{place.linear}.lr_b.weight", place.match))
+    ready: dict[str, Ready] = {}
+    for tensor, parts in found.items():
+        kinds = {packed.kinds.get(name) for _, name, _ in parts}
+        if len(kinds) > 1 and tensor in fused:
+            raise InputError(
+                f"{tensor}: its linears were quantised to different types; fuse_qkv: false"
+            )
+        kind = kinds.pop()
+        if kind is None or kinds or any(part in tensor for part in NOT_QUANTISED):
+            continue
+        ordered = sorted(parts, key=lambda part: part[0])
+        ready[tensor] = Ready(kind, _stacked([_rows(packed, *part[1:]) for part in ordered]))
     return ready
 
 

@@ -110,8 +110,9 @@ class _Reader:
 def _stock_weight(reader: _Reader, place: PairPlace) -> np.ndarray:
     """The weight that a stock llama.cpp computes with, in the checkpoint's orientation."""
     match = place.match
-    weight = reader.values(match.tensor)
+    weight = reader.values(match.tensor, match.expert)
     if (b := f"{match.tensor}.lora_b") in reader.tensors:
-        weight = weight + reader.values(b) @ reader.values(f"{match.tensor}.lora_a")
+        first = reader.values(f"{match.tensor}.lora_a", match.expert)
+        weight = weight + reader.values(b, match.expert) @ first
     rows = match.from_file(weight)
     return rows.T if match.transposed else rows

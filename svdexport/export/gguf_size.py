@@ -14,7 +14,7 @@ from svdexport.core.lowrank import FactorPair
 from svdexport.errors import InputError
 from svdexport.export import gguf_base
 from svdexport.export.gguf import assembled, pairs_of
-from svdexport.export.gguf_layout import pair_places
+from svdexport.export.gguf_layout import pair_places, stacked
 from svdexport.export.gguf_match import Match
 from svdexport.export.gguf_stock import adapter
 from svdexport.export.gguf_write import file_bytes
@@ -83,13 +83,15 @@ def exact_bytes(
 
     Raises InputError where a linear has no tensor of its own under llama.cpp's usual name.
     """
+    if spec.base == "weight":  # pairs that are fitted one by one
+        low_rank = {n: PairSpec(min(p.rank, *shapes[n]), p.group) for n, p in low_rank.items()}
     checkpoint = Unwritten(base.path, {}, low_rank, {}, shapes)
     places = pair_places(checkpoint, _by_name(base, low_rank))
     kept = pairs_of(spec, base, checkpoint, places)
     metadata, layout, types = assembled(spec, base, checkpoint, places, kept)
     size = file_bytes(metadata, layout.tensors, base.alignment)
     if places and spec.form == LORA_FORM:
-        size += file_bytes(*adapter(checkpoint, places, base, types), base.alignment)
+        size += file_bytes(*adapter(checkpoint, stacked(places, base), base, types), base.alignment)
     return size
 
 

@@ -28,7 +28,8 @@ class Planned:
         ne: dimensions in ggml's order, the row length first.
         type: ggml type.
         values: gives the rows in their turn: raw bytes (uint8) or values (float) to quantise.
-        importance: (ne[0],) weights of the input channels for the quantiser, or None.
+        importance: (ne[0],) weights of the input channels for the quantiser, or (ne[2], ne[0])
+            of each slice's, or None.
     """
 
     name: str
@@ -117,8 +118,12 @@ def _bytes_of(tensor: Planned) -> np.ndarray:
     values = tensor.values()
     if values.dtype == np.uint8:
         return values
+    rows, weights = values.reshape(-1, tensor.ne[0]), tensor.importance
     try:
-        return quantize(values.reshape(-1, tensor.ne[0]), tensor.type, tensor.importance)
+        if weights is None or weights.ndim == 1:
+            return quantize(rows, tensor.type, weights)
+        slices = zip(np.split(rows, len(weights)), weights, strict=True)
+        return np.concatenate([quantize(part, tensor.type, own) for part, own in slices])
     except InputError as error:
         raise InputError(f"tensor {tensor.name}: {error}") from None
 

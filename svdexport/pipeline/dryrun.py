@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from svdexport.allocate import uniform
+from svdexport.models.blocks import InputGroup
 from svdexport.models.loader import Source, configuration_of
 from svdexport.models.shapes import shapes_of
 from svdexport.pipeline import estimate
@@ -33,19 +34,22 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
             compress.rank_multiple,
         )
         exports = exports_of(recipe, source, shapes, groups, chosen, Path(scratch))
-    rows = []
+    alike: dict[str, list[InputGroup]] = {}  # the experts of a layer in one row
     for group in groups:
-        choice = chosen[group.leader]
-        item = candidate(group, recipe.remapped)
+        alike.setdefault(group.stack or group.leader, []).append(group)
+    rows = []
+    for together in alike.values():
+        choice = chosen[together[0].leader]
+        item = candidate(together[0], recipe.remapped)
         rows.append(
             {
-                "block": group.block,
-                "linears": [member.name for member in group.members],
+                "block": item.block,
+                "linears": [member.name for group in together for member in group.members],
                 "shape": [item.out_features, item.in_features],
                 "rank": choice.rank,
                 "reason": choice.reason,
-                "params_dense": item.dense_params,
-                "params": item.cost(choice.rank),
+                "params_dense": len(together) * item.dense_params,
+                "params": len(together) * item.cost(choice.rank),
             }
         )
     dense = sum(candidate(group).dense_params for group in groups)

@@ -32,6 +32,7 @@ from svdexport.models.loader import load_model
 from svdexport.models.modules import is_linear
 from svdexport.models.weights import Weights
 from svdexport.packed import GGUF_PART, PackedWeight, write_packed
+from svdexport.pipeline.adapters import fit_adapters
 from svdexport.pipeline.artifacts import artifact_name
 from svdexport.pipeline.byte_budget import TYPES_FILE
 from svdexport.pipeline.job import Job, ModelUnderWork, key
@@ -48,11 +49,13 @@ class QuantizedExports:
 
 
 def quantize_exports(job: Job, model: ModelUnderWork, compressed: Compressed) -> QuantizedExports:
-    """Quantise for every export that the recipe's ``quantize`` concerns; none without it."""
+    """Quantise for every export that the recipe's ``quantize`` concerns, and fit adapters for
+    those that want them."""
     recipe = job.recipe
     specs = [spec for spec in recipe.export if _concerns(spec)]
+    adapters = fit_adapters(job, model, compressed)
     if recipe.quantize is None or not specs:
-        return QuantizedExports({}, compressed.key)
+        return QuantizedExports(adapters, compressed.key)
     folders = {spec: job.work / "quantized" / artifact_name(spec) for spec in specs}
     stage_key = key(compressed.key, recipe.quantize, specs)
     importance = job.work / "base" / IMPORTANCE
@@ -65,7 +68,7 @@ def quantize_exports(job: Job, model: ModelUnderWork, compressed: Compressed) ->
 
     files = [*folders.values(), importance]
     job.stage("quantize", stage_key, files, make)
-    return QuantizedExports(folders, stage_key)
+    return QuantizedExports(adapters | folders, stage_key)
 
 
 def _concerns(spec: Export) -> bool:

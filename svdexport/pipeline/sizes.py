@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ from svdexport.models.shapes import Shapes
 from svdexport.pipeline.artifacts import artifact_name
 from svdexport.recipe import CheckpointExport, Export, GgufExport, OnnxExport, Recipe
 from svdexport.runtimes.ggml import row_bytes
-from svdexport.runtimes.gguf_file import GgufFile
+from svdexport.runtimes.gguf_file import GgufFile, nbytes
 
 ONNX_BITS = {"int8": 8, "int4": 4, "int2": 2}
 ONNX_HEAD_BITS = 8  # of any quantised precision
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GGUF_PADDING = 32
+ROUTERS = (".gate.weight", "_gate.weight")  # of mixtures of experts: F32 in a GGUF
 
 # what comes on top of the tensors' bytes, by format
 ON_TOP = {
@@ -78,6 +80,7 @@ def exports_of(
             "file_bytes": None,
             "dense_file_bytes": None,
             "note": ON_TOP[spec.format],
+            "other_types": other_types(spec, shapes, groups, chosen),
         }
         if isinstance(spec, GgufExport) and asked is not None and spec.type == "mixed":
             entry |= {"weight_bytes": asked, "note": "the budget; types are chosen in the run"}
@@ -124,11 +127,10 @@ def weight_bytes(
     spec: Export, shapes: Shapes, groups: list[InputGroup], chosen: Choice, dtype: str
 ) -> int:
     """Bytes of the tensors of one export; ``dtype`` is the source model's."""
-    matrices = list(_matrices(shapes, groups, chosen))
-    if isinstance(spec, GgufExport) and spec.form != "pairs":
-        matrices = _stock(shapes, matrices, adapter=spec.form == "stock_lora")
     if isinstance(spec, GgufExport):
-        return _gguf(spec, shapes, matrices)
+        tensors = _gguf_tensors(spec, shapes, groups, chosen)
+        return sum(-(-size // GGUF_PADDING) * GGUF_PADDING for *_, size in tensors)
+    matrices = list(_matrices(shapes, groups, chosen))
     if isinstance(spec, OnnxExport):
         return _onnx(spec, shapes, matrices, dtype)
     assert isinstance(spec, CheckpointExport)
@@ -162,23 +164,50 @@ def _matrices(
 
 
 def _stock(
-    shapes: Shapes, matrices: list[tuple[str, tuple[int, ...], str]], adapter: bool
+    shapes: Shapes, matrices: list[tuple[str, tuple[int, ...], str]], spec: GgufExport
 ) -> list[tuple[str, tuple[int, ...], str]]:
     """Every linear dense; as an adapter the pairs stand beside, with an A for each linear."""
     dense = list(_matrices(shapes, [], {}))
-    if not adapter:
+    if spec.form == "stock":
         return dense
     inputs = {f"{x.name}.weight": x.in_features for x in shapes.structure.linears()}
     found = dense
     for name, shape, kind in matrices:
         if kind == "b":
-            found += [(name, shape, "b"), (name, (shape[1], inputs[name]), "a")]
+            rows, rank = shape
+            if spec.base == "weight":  # fitted alone, not together with those that share an A
+                rank = min(rank, rows, inputs[name])
+            found += [(name, (rows, rank), "b"), (name, (rank, inputs[name]), "a")]
     return found
 
 
-def _gguf(
-    spec: GgufExport, shapes: Shapes, matrices: list[tuple[str, tuple[int, ...], str]]
-) -> int:
+def other_types(
+    spec: Export, shapes: Shapes, groups: list[InputGroup], chosen: Choice
+) -> list[str]:
+    """Which tensors get another type than asked, as its blocks do not fill their rows."""
+    if not isinstance(spec, GgufExport):
+        return []
+    found: Counter[tuple[str, str, str]] = Counter()
+    extra: Counter[tuple[str, str, str]] = Counter()
+    for kind, shape, asked, given, size in _gguf_tensors(spec, shapes, groups, chosen):
+        if given != asked:
+            found[kind, asked, given] += 1
+            extra[kind, asked, given] += size - nbytes(asked, math.prod(shape))
+    names = {"a": "first factors", "b": "second factors", "linear": "dense linears"}
+    return [
+        f"{count} {names.get(kind, kind)} of type {given} instead of {asked}, whose blocks their "
+        f"rows do not fill ({extra[kind, asked, given]:+,} bytes)"
+        for (kind, asked, given), count in sorted(found.items())
+    ]
+
+
+def _gguf_tensors(
+    spec: GgufExport, shapes: Shapes, groups: list[InputGroup], chosen: Choice
+) -> Iterator[tuple[str, tuple[int, ...], str, str, int]]:
+    """(kind, shape, type asked, type given, bytes) of every tensor."""
+    matrices = list(_matrices(shapes, groups, chosen))
+    if spec.form != "pairs":
+        matrices = _stock(shapes, matrices, spec)
     types = Types.of(spec, tied=shapes.head is None)
     asked = {
         "a": types.a,
@@ -188,13 +217,12 @@ def _gguf(
         "head": types.head,
         "other": types.linear,
     }
-    total = 0
     for name, shape, kind in matrices:
         keeps = len(shape) < 2 or any(part in name for part in NOT_QUANTISED)
-        type_name = "F32" if keeps else held(asked[kind], shape[-1])
-        size = row_bytes(type_name, shape[-1]) * math.prod(shape[:-1])
-        total += -(-size // GGUF_PADDING) * GGUF_PADDING
-    return total
+        wanted = "F32" if keeps or name.endswith(ROUTERS) else asked[kind]
+        given = held(wanted, shape[-1])
+        size = row_bytes(given, shape[-1]) * math.prod(shape[:-1])
+        yield kind, shape, wanted, given, size
 
 
 def _onnx(

@@ -39,8 +39,10 @@ class GgufExport(_Section):
     ``head_type``: for the token embedding and the output head; without them they get what
     llama.cpp's own quantiser gives them (a tied embedding counts as the head). ``form``: ``pairs``
     needs the llama.cpp that svdexport builds; ``stock`` writes the reconstructed dense weights,
-    and ``stock_lora`` the quantised remainder W - B A with the pairs as a LoRA adapter in a
-    second file, both for an unchanged llama.cpp. ``importance``: weight the quantisation error of
+    and ``stock_lora`` a quantised base with the pairs as a LoRA adapter in a second file, both for
+    an unchanged llama.cpp. ``base`` is that of ``stock_lora``: ``residual`` quantises what the
+    pairs leave, W - B A; ``weight`` quantises W, and the adapter's pairs, of the same ranks, are
+    fitted anew to what that loses. ``importance``: weight the quantisation error of
     each input channel by its mean square in the calibration, for the types that take weights.
     ``fuse_qkv``: q, k and v that share an A stand in the file as one pair, which is two products
     for llama.cpp instead of four; without it LoRA adapters of q, k or v can be put on the file.
@@ -53,8 +55,15 @@ class GgufExport(_Section):
     embedding_type: GgufType | None = None
     head_type: GgufType | None = None
     form: Literal["pairs", "stock", "stock_lora"] = "pairs"
+    base: Literal["residual", "weight"] = "residual"
     importance: bool = True
     fuse_qkv: bool = True
+
+    @model_validator(mode="after")
+    def _base_of_an_adapter(self) -> GgufExport:
+        if self.base != "residual" and self.form != "stock_lora":
+            raise ValueError("base: is for form: stock_lora only")
+        return self
 
     @property
     def label(self) -> str:
@@ -69,7 +78,8 @@ class GgufExport(_Section):
         form = "" if self.form == "pairs" else f"-{self.form.replace('_', '-')}"
         plain = "" if self.importance else "-plain"
         apart = "" if self.fuse_qkv else "-apart"
-        return f"{self.type}{''.join(given)}{form}{plain}{apart}"
+        base = "" if self.base == "residual" else f"-{self.base}"
+        return f"{self.type}{''.join(given)}{form}{base}{plain}{apart}"
 
 
 class OnnxExport(_Section):

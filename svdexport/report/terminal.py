@@ -29,7 +29,9 @@ def plan_table(found: dict[str, Any]) -> RenderableType:
         ("block", True), ("linears", False), ("shape", True), ("rank", True), ("kept", True)
     )
     for row in found["groups"]:
-        names = " ".join(name.rpartition(".")[2] for name in row["linears"])
+        roles = [name.rpartition(".")[2] for name in row["linears"]]
+        same = len(roles) > 1 and len(set(roles)) == 1  # those of a layer's experts
+        names = f"{len(roles)} x {roles[0]}" if same else " ".join(roles)
         rank = "dense" if row["rank"] is None else str(row["rank"])
         kept = f"{row['params'] / row['params_dense']:.1%}"
         shape = f"{row['shape'][0]}x{row['shape'][1]}"
@@ -52,7 +54,10 @@ def plan_table(found: dict[str, Any]) -> RenderableType:
     for item in found["exports"]:
         kind = "weight_bytes" if item["file_bytes"] is None else "file_bytes"
         sizes.add_row(item["name"], f"{item[kind]:,}", f"{item[f'dense_{kind}']:,}", item["note"])
-    return Group(table, Text("\n".join(lines)), sizes)
+    others = [
+        Text(f"{item['name']}: {line}") for item in found["exports"] for line in item["other_types"]
+    ]
+    return Group(table, Text("\n".join(lines)), sizes, *others)
 
 
 def eval_table(found: dict[str, Any]) -> RenderableType:

@@ -8,21 +8,32 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
 from svdexport import api
-from svdexport.allocate import Candidate
+from svdexport.allocate import Allocation, Candidate
 from svdexport.checkpoint import Checkpoint, module_name
 from svdexport.core.moments import Fisher, MeanAbs, Moment
 from svdexport.errors import RecipeError
 from svdexport.export import gguf
+from svdexport.export.gguf_importance import read_importance
+from svdexport.export.gguf_match import Match
+from svdexport.export.gguf_packed import ready_tensors
+from svdexport.export.gguf_write import Planned, write
 from svdexport.models.blocks import InputGroup, Linear, discover, select
 from svdexport.models.experts import Experts, separate_experts
 from svdexport.models.loader import load_model, structure_of
 from svdexport.models.routed import Collected, borrow
+from svdexport.models.shapes import shapes_of
 from svdexport.models.weights import StreamedWeights
+from svdexport.packed import PackedFolder, PackedWeight, write_packed
 from svdexport.pipeline.compress import one_rank_a_stack
 from svdexport.pipeline.factors import _check_experts
+from svdexport.pipeline.sizes import weight_bytes
+from svdexport.recipe import GgufExport
+from svdexport.runtimes.ggml import quantize
+from svdexport.runtimes.gguf_file import GgufFile
 from svdexport.runtimes.llama_cpp_rt import LlamaCppRuntime
 from tests.unit.gguf_models import WORDS, export, make_model, torch_logits, work_of
 from tests.unit.test_gguf_architectures import MODELS, TOKENS
@@ -104,6 +115,19 @@ def test_a_mixture_runs_as_stacked_pairs(compressed: tuple[Path, Path], tmp_path
     assert {f"{name}.lr_b.weight" for name in experts} < keys
 
 
+@pytest.mark.parametrize("form", ["stock", "stock_lora"])
+def test_forms_of_a_mixture_for_a_stock_llama_cpp(
+    form: str, compressed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, folder = compressed
+    made = export(folder, source, tmp_path / "out.gguf", type="F32", form=form)
+    meant = torch_logits(load_model(folder if form == "stock" else source), TOKENS)
+    runtime = LlamaCppRuntime(made.path, threads=1, context=64, exact=True)
+    found = runtime.logits(TOKENS)
+    runtime.close()
+    assert np.abs(found - meant).max() < 1e-3 * np.ptp(meant)
+
+
 def test_a_streamed_mixture_is_the_loaded_one(compressed: tuple[Path, Path]) -> None:
     for folder in compressed:
         meant = torch_logits(load_model(folder), TOKENS)
@@ -122,6 +146,21 @@ def test_experts_are_found_whatever_the_router_chooses(compressed: tuple[Path, P
     assert not any(name.name.endswith("_gate") for g in groups for name in g.members)
     inputs = [g for g in structure.groups if g.leader.endswith("experts.3.gate_proj")]
     assert [len(group.members) for group in inputs] == [2, 2]  # gate and up share their moment
+
+
+def test_the_plan_foretells_a_mixtures_bytes(compressed: tuple[Path, Path], tmp_path: Path) -> None:
+    source, folder = compressed
+    spec, pairs = GgufExport(type="Q8_0"), Checkpoint.open(folder).low_rank
+    shapes = shapes_of(source)
+    groups = select(shapes.structure, ["re:"], [], group=True)
+    ranks = {g.leader: pairs[g.leader].rank if g.leader in pairs else None for g in groups}
+    chosen = {leader: Allocation(rank) for leader, rank in ranks.items()}
+    foretold = weight_bytes(spec, shapes, groups, chosen, "float32")
+    made = export(folder, source, tmp_path / "out.gguf", type="Q8_0")
+    copies = [  # of the shared expert's A, which llama.cpp finds under no shared name
+        record.nbytes for name, record in made.tensors.items() if "ffn_up_shexp.lr_a" in name
+    ]
+    assert foretold == sum(record.nbytes for record in made.tensors.values()) - sum(copies)
 
 
 def test_few_tokens_borrow_the_moment_of_all() -> None:
@@ -168,6 +207,40 @@ def test_a_stack_is_one_candidate() -> None:
     assert merged.trials == ((0.5, 8.0), (0.9, 8.0))
     assert np.array_equal(merged.energies, [14.0, 9.0, 1.0])
     assert merged.dense_params == 400 and merged.cost(4) == 2 * 4 * 30
+
+
+def test_a_stack_is_quantised_slice_by_slice_with_its_experts_weights(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(6, 32)).astype(np.float32)
+    squares = rng.exponential(1, (3, 32)).astype(np.float32)
+    names = [f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(3)]
+    given = {f"{name}.inputs": x for name, x in zip(names, squares, strict=True)}
+    save_file(given, tmp_path / "importance.safetensors")
+    tensor = "blk.0.ffn_up_exps.weight"
+    stored = [f"model.layers.0.block_sparse_moe.experts.{i}.w3.weight" for i in (2, 0, 1)]
+    matches = {n: Match(tensor, i, None, False) for n, i in zip(stored, (2, 0, 1), strict=True)}
+    importance = read_importance(tmp_path, matches)
+    weights = importance.of_tensor(tensor)
+    assert weights is not None and np.allclose(weights, squares / squares.mean(1)[:, None])
+    assert np.array_equal(importance.of_first(names), weights)
+    assert importance.of_first([*names, "another"]) is None
+    planned = Planned(tensor, (32, 2, 3), "Q4_0", lambda: rows, weights)
+    write(tmp_path / "out.gguf", [], [planned], 32)
+    own = [quantize(rows[2 * i : 2 * i + 2], "Q4_0", weights[i]) for i in range(3)]
+    assert np.array_equal(GgufFile(tmp_path / "out.gguf").raw(tensor), np.concatenate(own))
+
+
+def test_packed_slices_make_a_stack(tmp_path: Path) -> None:
+    data = np.arange(3 * 2 * 18, dtype=np.uint8).reshape(3, 2, 18)
+    order = np.array([1, 0])
+    packed = {f"e.{i}.up.weight": PackedWeight("Q4_0", {"data": data[i]}) for i in range(3)}
+    write_packed(tmp_path / "block.safetensors", packed)
+    matches = {name: Match("exps", i, order, False) for i, name in enumerate(packed)}
+    (ready,) = ready_tensors(PackedFolder.open(tmp_path), matches, []).items()
+    assert ready[0] == "exps" and ready[1].type == "Q4_0"
+    assert np.array_equal(ready[1].rows(), data[:, ::-1].reshape(6, 18))
+    matches["e.3.up.weight"] = Match("exps", 3, None, False)  # not packed: nor is the stack then
+    assert ready_tensors(PackedFolder.open(tmp_path), matches, []) == {}
 
 
 def test_tensors_of_mixtral_by_their_modules() -> None:

@@ -7,16 +7,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
+from svdexport import api
 from svdexport.checkpoint import Checkpoint
+from svdexport.errors import InputError
 from svdexport.export import gguf
 from svdexport.export.gguf_types import FILE_TYPES
+from svdexport.recipe import GgufExport
 from svdexport.runtimes.ggml import quantize
-from svdexport.runtimes.gguf_file import GgufFile
+from svdexport.runtimes.gguf_file import GgufFile, adapter_path
 from svdexport.runtimes.inspect_gguf import inspect
 from svdexport.runtimes.llama_cpp_rt import LlamaCppRuntime
-from tests.unit.gguf_models import compress, export, make_model, torch_logits, work_of
+from tests.unit.gguf_models import (
+    WORDS,
+    compress,
+    export,
+    load,
+    make_model,
+    torch_logits,
+    work_of,
+)
 
 TOKENS = np.random.default_rng(0).integers(3, 259, 40)
 WIDTH = 256  # rows that every type can hold
@@ -124,6 +136,79 @@ def test_stock_lora_form_adds_the_pairs_to_the_remainder(
     error = relative(logits_of(made.path), expected)
     # the pairs hold most of W, so quantising the remainder costs less than quantising W
     assert error < (5e-3 if type_name == "F32" else relative(logits_of(plain.path), expected))
+
+
+RECIPE = """\
+schema: 1
+model: {{path: {root}/source}}
+calibration: {{source: file, file: {root}/text.txt, samples: 8, length: 48, seed: 1}}
+compress: {{method: svd_llm, budget: {{param_ratio: 0.4}}, rank_multiple: 8}}
+export:
+  - {{format: gguf, type: Q4_0, form: stock_lora, base: weight, type_a: F16, type_b: F16}}
+evaluate: {{text: {root}/text.txt, context: 48, windows: 2}}
+"""
+
+
+def test_an_adapter_carries_what_quantising_the_base_loses(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "source", "Llama")
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.permutation(WORDS.split())) for _ in range(200)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=tmp_path))
+    (made,) = api.export(tmp_path / "recipe.yaml", tmp_path / "out")
+    assert made.name == "model-Q4_0-a-F16-b-F16-stock-lora-weight.gguf"
+    dense = next(tmp_path.rglob(f"dense/{made.name}"))
+    base, twin, adapter = GgufFile(made), GgufFile(dense), GgufFile(adapter_path(made))
+    for name in twin.tensors:  # the base is the quantised original
+        assert np.array_equal(base.raw(name), twin.raw(name)), name
+    exact = export(source, source, tmp_path / "exact.gguf", type="F32")
+    weights = GgufFile(exact.path)
+    moments = calibration_moments(source, tmp_path / "recipe.yaml")
+    assert any(f"blk.1.{name}.weight.lora_a" in adapter.tensors for name in moments)
+    for name, moment in moments.items():
+        pair = [f"blk.1.{name}.weight.lora_{part}" for part in "ab"]
+        if pair[0] not in adapter.tensors:
+            continue
+        error = weights.rows(f"blk.1.{name}.weight") - base.rows(f"blk.1.{name}.weight")
+        a, b = (adapter.rows(tensor) for tensor in pair)
+        root = np.linalg.cholesky(
+            moment + 1e-6 * moment.trace() / len(moment) * np.eye(len(moment))
+        )
+        best = (np.linalg.svd(error @ root, compute_uv=False)[len(a) :] ** 2).sum()
+        left = (((error - b @ a) @ root) ** 2).sum()
+        assert best <= left * (1 + 1e-9) and left < 1.02 * best + 1e-6 * ((error @ root) ** 2).sum()
+    expected = logits_of(exact.path)
+    assert relative(logits_of(made), expected) < relative(logits_of(dense), expected)
+
+
+def calibration_moments(source: Path, recipe: Path) -> dict[str, np.ndarray]:
+    """H of block 1's gate and down, from the inputs that torch's own linears see."""
+    from safetensors.torch import load_file
+
+    model = load(source)
+    tokens = load_file(next(recipe.parent.rglob("tokens.safetensors")))["calibration"]
+    found: dict[str, np.ndarray] = {}
+    for name, path in (("ffn_gate", "gate_proj"), ("ffn_down", "down_proj")):
+
+        def note(_m: object, args: tuple[torch.Tensor, ...], name: str = name) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1]).double().numpy()
+            found[name] = rows.T @ rows
+
+        model.get_submodule(f"model.layers.1.mlp.{path}").register_forward_pre_hook(note)
+    with torch.no_grad():
+        model(tokens)
+    return found
+
+
+def test_a_base_of_weights_needs_the_stages_of_a_run(
+    model: tuple[Path, Path, np.ndarray], tmp_path: Path
+) -> None:
+    source, checkpoint, _ = model
+    spec = {"type": "Q4_0", "form": "stock_lora", "base": "weight"}
+    with pytest.raises(InputError, match="needs pairs that are fitted to it"):
+        export(checkpoint, source, tmp_path / "out.gguf", **spec)
+    with pytest.raises(ValueError, match="is for form: stock_lora only"):
+        GgufExport(base="weight")
 
 
 def test_importance_goes_to_a_b_and_dense_tensors(

@@ -181,3 +181,13 @@ def test_a_configuration_alone_is_checked_too(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text(json.dumps(code))
     with pytest.raises(InputError, match="trust_remote_code"):
         api.plan(recipe_of(tmp_path)[0])
+
+
+def test_types_that_cannot_hold_their_rows_are_foretold(place: Path) -> None:
+    path, _ = recipe_of(place)
+    found = api.plan(path, ["export=[{format: gguf, type: Q4_K, type_b: F16}]"])
+    lines = "\n".join(found["exports"][0]["other_types"])
+    assert "first factors of type Q5_0 instead of Q4_K" in lines  # rows of 128 and of 160
+    assert "second factors" not in lines
+    fitting = api.plan(path, ["compress.rank_multiple=32"])["exports"]
+    assert [item["other_types"] for item in fitting] == [[], [], []]

@@ -53,20 +53,28 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="svdexport compress's output"
     )
+    parser.add_argument(
+        "--also",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="exported GGUF files, adapters beside them, to compare with the original",
+    )
     parser.add_argument("--worker", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         run_here(*args.worker, args.source)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        compare(args.source, args.checkpoint, Path(scratch))
+        compare(args.source, args.checkpoint, args.also, Path(scratch))
 
 
-def compare(source: Path, checkpoint: Path, scratch: Path) -> None:
+def compare(source: Path, checkpoint: Path, also: list[Path], scratch: Path) -> None:
     from svdexport.checkpoint import Checkpoint
     from svdexport.export import ExportRequest, exporter
     from svdexport.models.loader import load_model, load_tokenizer
     from svdexport.recipe import GgufExport
+    from svdexport.runtimes.gguf_file import adapter_of
     from svdexport.runtimes.torch_rt import TorchRuntime
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -86,16 +94,30 @@ def compare(source: Path, checkpoint: Path, scratch: Path) -> None:
         made = exporter("gguf").export(
             ExportRequest(opened, source, None, out, scratch / "base", spec)
         )
-        said, logits = run_stock(package, out, scratch)
-        row = [case.form, spec.label, f"{made.bytes:,}", said]
-        if logits is None:
-            row += ["-", "-"]
-        else:
-            meant = expected[case.weights]
-            error = np.sqrt(((logits - meant) ** 2).mean()) / meant.std()
-            same = (logits.argmax(1) == meant.argmax(1)).mean()
-            row += [f"{same:.1%} ({case.weights})", f"{error:.1e}"]
-        print("| " + " | ".join(row) + " |", flush=True)
+        found = run_stock(package, out, scratch)
+        print_row([case.form, spec.label, f"{made.bytes:,}"], found, case.weights, expected)
+    for path in also:
+        size = sum(p.stat().st_size for p in (path, adapter_of(path)) if p is not None)
+        found = run_stock(package, path, scratch)
+        print_row(["given", path.stem, f"{size:,}"], found, "original", expected)
+
+
+def print_row(
+    row: list[str],
+    found: tuple[str, np.ndarray | None],
+    weights: str,
+    expected: dict[str, np.ndarray],
+) -> None:
+    """One line of the table: what the library says, and how near its logits are to torch's."""
+    said, logits = found
+    if logits is None:
+        row += [said, "-", "-"]
+    else:
+        meant = expected[weights]
+        error = np.sqrt(((logits - meant) ** 2).mean()) / meant.std()
+        same = (logits.argmax(1) == meant.argmax(1)).mean()
+        row += [said, f"{same:.1%} ({weights})", f"{error:.1e}"]
+    print("| " + " | ".join(row) + " |", flush=True)
 
 
 def stock_package(scratch: Path) -> Path:
