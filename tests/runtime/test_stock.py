@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -66,3 +67,17 @@ def test_stock_refuses_pairs(tmp_path: Path, stock: Path) -> None:
     done = run_stock(stock, as_pairs(decoder()).write(tmp_path / "pairs.gguf"), tmp_path / "x.npy")
     assert done.returncode != 0
     assert "tensor 'blk.0.attn_q.weight' not found" in done.stderr
+
+
+def test_doctor_says_that_a_stock_library_lacks_pairs(stock: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "svdexport", "doctor", "--json"],
+        env=os.environ | {"PYTHONPATH": f"{stock}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)["llama_cpp"]
+    assert (found["installed"], found["low_rank"]) == (True, False)
+    assert "stock one and refuses files with pairs" in found["advice"]
+    assert "tools/llama_cpp/build.py" in found["advice"]
