@@ -32,6 +32,19 @@ MODELS = {
     "llama-tied-bias": ("Llama", {"tie_word_embeddings": True, "attention_bias": True}),
     "qwen2": ("Qwen2", {}),
     "mistral": ("Mistral", {"sliding_window": None}),
+    "llama-scaled-rope": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
 }
 
 needs_pairs = pytest.mark.skipif(
