@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,8 +129,10 @@ def weight_bytes(
 ) -> int:
     """Bytes of the tensors of one export; ``dtype`` is the source model's."""
     if isinstance(spec, GgufExport):
-        tensors = _gguf_tensors(spec, shapes, groups, chosen)
-        return sum(-(-size // GGUF_PADDING) * GGUF_PADDING for *_, size in tensors)
+        sizes: Counter[tuple[str, str]] = Counter()  # experts of a layer stand in one tensor
+        for name, kind, *_, size in _gguf_tensors(spec, shapes, groups, chosen):
+            sizes[kind, re.sub(r"\.experts\.\d+\.", ".experts.", name)] += size
+        return sum(-(-size // GGUF_PADDING) * GGUF_PADDING for size in sizes.values())
     matrices = list(_matrices(shapes, groups, chosen))
     if isinstance(spec, OnnxExport):
         return _onnx(spec, shapes, matrices, dtype)
@@ -189,7 +192,7 @@ def other_types(
         return []
     found: Counter[tuple[str, str, str]] = Counter()
     extra: Counter[tuple[str, str, str]] = Counter()
-    for kind, shape, asked, given, size in _gguf_tensors(spec, shapes, groups, chosen):
+    for _, kind, shape, asked, given, size in _gguf_tensors(spec, shapes, groups, chosen):
         if given != asked:
             found[kind, asked, given] += 1
             extra[kind, asked, given] += size - nbytes(asked, math.prod(shape))
@@ -203,8 +206,8 @@ def other_types(
 
 def _gguf_tensors(
     spec: GgufExport, shapes: Shapes, groups: list[InputGroup], chosen: Choice
-) -> Iterator[tuple[str, tuple[int, ...], str, str, int]]:
-    """(kind, shape, type asked, type given, bytes) of every tensor."""
+) -> Iterator[tuple[str, str, tuple[int, ...], str, str, int]]:
+    """(name, kind, shape, type asked, type given, bytes) of every tensor."""
     matrices = list(_matrices(shapes, groups, chosen))
     if spec.form != "pairs":
         matrices = _stock(shapes, matrices, spec)
@@ -222,7 +225,7 @@ def _gguf_tensors(
         wanted = "F32" if keeps or name.endswith(ROUTERS) else asked[kind]
         given = held(wanted, shape[-1])
         size = row_bytes(given, shape[-1]) * math.prod(shape[:-1])
-        yield kind, shape, wanted, given, size
+        yield name, kind, shape, wanted, given, size
 
 
 def _onnx(

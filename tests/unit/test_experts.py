@@ -95,7 +95,7 @@ def test_a_mixture_runs_as_stacked_pairs(compressed: tuple[Path, Path], tmp_path
 
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     meant = torch_logits(reference, TOKENS)
-    for type_name, limit in (("F32", 1e-3), ("F16", 2e-3)):
+    for type_name in ("F32", "F16"):
         made = export(folder, source, tmp_path / f"{type_name}.gguf", type=type_name)
         rank = ranks["model.layers.1.mlp.experts.down_proj"].pop()
         shape = made.tensors["blk.1.ffn_down_exps.lr_b.weight"].shape
@@ -104,8 +104,11 @@ def test_a_mixture_runs_as_stacked_pairs(compressed: tuple[Path, Path], tmp_path
         runtime = LlamaCppRuntime(made.path, threads=1, context=64, exact=True)
         found = runtime.logits(TOKENS)
         runtime.close()
-        assert np.abs(found - meant).max() < limit * np.ptp(meant)
-        assert type_name == "F16" or (found.argmax(1) == meant.argmax(1)).all()
+        if type_name == "F32":
+            assert np.abs(found - meant).max() < 1e-3 * np.ptp(meant)
+            assert (found.argmax(1) == meant.argmax(1)).all()
+        else:  # rounding may send a token to another expert
+            assert np.sqrt(((found - meant) ** 2).mean()) < 0.02 * meant.std()
         assert gguf.check_round_trip(made.path, made.tensors) == []
     keys = set()
     values = gguf.read_back(tmp_path / "F32.gguf", opened, source, None, work_of(source))
@@ -157,10 +160,10 @@ def test_the_plan_foretells_a_mixtures_bytes(compressed: tuple[Path, Path], tmp_
     chosen = {leader: Allocation(rank) for leader, rank in ranks.items()}
     foretold = weight_bytes(spec, shapes, groups, chosen, "float32")
     made = export(folder, source, tmp_path / "out.gguf", type="Q8_0")
-    copies = [  # of the shared expert's A, which llama.cpp finds under no shared name
-        record.nbytes for name, record in made.tensors.items() if "ffn_up_shexp.lr_a" in name
+    written = [  # but copies of the shared expert's A, which has no shared name in llama.cpp
+        record.nbytes for name, record in made.tensors.items() if "ffn_up_shexp.lr_a" not in name
     ]
-    assert foretold == sum(record.nbytes for record in made.tensors.values()) - sum(copies)
+    assert foretold == sum(-(-size // 32) * 32 for size in written)
 
 
 def test_few_tokens_borrow_the_moment_of_all() -> None:

@@ -185,7 +185,10 @@ def test_a_configuration_alone_is_checked_too(tmp_path: Path) -> None:
 
 def test_types_that_cannot_hold_their_rows_are_foretold(place: Path) -> None:
     path, _ = recipe_of(place)
-    found = api.plan(path, ["export=[{format: gguf, type: Q4_K, type_b: F16}]"])
+    other = place / "q4_k.yaml"
+    asked = path.read_text().replace("type: Q8_0", "type: Q4_K, type_b: F16")
+    other.write_text(asked)
+    found = api.plan(other)
     lines = "\n".join(found["exports"][0]["other_types"])
     assert "first factors of type Q5_0 instead of Q4_K" in lines  # rows of 128 and of 160
     assert "second factors" not in lines
