@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from svdexport.core.lowrank import FactorPair
+from svdexport.core.moments import add_upper, gram, mirror
 
 INPUT_DAMPING = 1e-6  # of H's mean eigenvalue: only against singularity
 MAX_RETRIES = 12
 ROWS = 2048  # of a stacked weight that are in float64 at once: it may be a gigabyte as a whole
+_BLOCK = 256  # columns: products of that width run at full speed
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,10 @@ def _by_inputs(
     root, damping = None, 0.0
     if input_moment is not None:
         root, damping = damped_cholesky(input_moment.double(), INPUT_DAMPING)
-    gram = _gram(weights, output_moments, output_damping)
+    square = _gram(weights, output_moments, output_damping)
     if root is not None:
-        gram = root.T @ gram @ root
-    energies, vectors = eigen_descending(gram)
+        square = root.T @ square @ root
+    energies, vectors = eigen_descending(square)
     v = vectors[:, :limit]
     if root is None:
         a, right = v.T, v
@@ -130,16 +132,17 @@ def _gram(
     weights: Sequence[Tensor], moments: Sequence[Tensor] | None, output_damping: float
 ) -> Tensor:
     """W^T G W of the stacked weights with damped G, (n, n); no copy of a G, which may be large."""
-    gram = torch.zeros((weights[0].shape[1],) * 2, dtype=torch.float64)
+    square = torch.zeros((weights[0].shape[1],) * 2, dtype=torch.float64)
     if moments is None:
         for rows in _row_blocks(weights):
-            gram += rows.double().T @ rows.double()
-        return gram
+            add_upper(square, rows.double())
+        mirror(square)
+        return square
     for weight, moment in zip(weights, moments, strict=True):
         full, add = weight.double(), damping_of(moment, output_damping)
         for rows, metric in zip(torch.split(full, ROWS), torch.split(moment, ROWS), strict=True):
-            gram += rows.T @ (metric.double() @ full + add * rows)
-    return gram
+            square += rows.T @ (metric.double() @ full + add * rows)
+    return square
 
 
 def _row_blocks(weights: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -156,9 +159,7 @@ def _by_outputs(
 ) -> Decomposition:
     """m < n. With G = L L^T and U the eigenvectors of L^T W H W^T L: B = L^-T U, A = U^T L^T W."""
     weight = torch.cat([w.double() for w in weights])
-    product = weight if input_moment is None else weight @ input_moment.double()
-    gram = product @ weight.T
-    del product
+    square = gram(weight.T) if input_moment is None else quadratic(weight, input_moment.double())
     root = None
     if output_moments is not None:
         roots = [
@@ -166,8 +167,8 @@ def _by_outputs(
             for g in output_moments
         ]
         root = torch.block_diag(*roots)  # type: ignore[no-untyped-call]
-        gram = root.T @ gram @ root
-    energies, vectors = eigen_descending(gram)
+        square = root.T @ square @ root
+    energies, vectors = eigen_descending(square)
     u = vectors[:, :limit]
     if root is None:
         a, b = u.T @ weight, u
@@ -177,44 +178,101 @@ def _by_outputs(
     return Decomposition(a.float().contiguous(), b.float().contiguous(), energies, 0.0)
 
 
-def eigen_descending(gram: Tensor) -> tuple[Tensor, Tensor]:
+def quadratic(weight: Tensor, moment: Tensor) -> Tensor:
+    """W H W^T, (m, m), for W (m, n) and a symmetric H (n, n), at little more than half the cost."""
+    half = _times_lower(weight, moment) @ weight.T
+    return half + half.T
+
+
+def _times_lower(weight: Tensor, moment: Tensor) -> Tensor:
+    """W L, (m, n), with H = L + L^T: the lower triangle of H, its diagonal halved.
+
+    Zeros are left out in blocks of columns; inside of a block on the diagonal H / 2 does the same.
+    """
+    product = torch.empty_like(weight)
+    for start in range(0, weight.shape[1], _BLOCK):
+        part, below = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
+        product[:, part] = weight[:, below] @ moment[below, part]
+        product[:, part].addmm_(weight[:, part], moment[part, part], alpha=0.5)
+    return product
+
+
+def squared_norm(weight: Tensor, moment: Tensor) -> Tensor:
+    """||W X||^2 = tr W H W^T, for W (m, n) and H = X X^T (n, n)."""
+    if weight.shape[0] > weight.shape[1]:
+        return (gram(weight) * moment).sum()
+    return 2 * (_times_lower(weight, moment) * weight).sum()
+
+
+def eigen_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (descending, not negative) and eigenvectors of a symmetric matrix.
 
     Signs are fixed, so that reruns agree.
     """
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
     largest = vectors.abs().argmax(dim=0)
     signs = torch.sign(vectors[largest, torch.arange(vectors.shape[1])])
     return values, vectors * signs
 
 
-def relative_errors(
-    weights: Sequence[Tensor], decomposition: Decomposition, input_moment: Tensor | None
-) -> Tensor:
-    """||(W - B_k A_k) X||_F / ||W X||_F of the stacked layers for every kept rank k, shape (r,).
+@dataclass(frozen=True)
+class Fit:
+    """What nested factors do on the calibration tokens, by rank; shapes (r,).
 
-    Entry k - 1 belongs to rank k. With H = X X^T the squared numerator is
-    tr W H W^T - 2 sum_i (A H W^T B)_ii + sum_ij (A H A^T)_ij (B^T B)_ij over i, j <= k, so that
-    cumulative sums give all ranks at once. Without H, X = I.
+    Attributes:
+        errors: ||(W - B_k A_k) X||_F / ||W X||_F of the stacked layers; entry k - 1 is rank k's.
+        squares: sums over the tokens of the squares of A x, row by row of A.
+    """
+
+    errors: Tensor
+    squares: Tensor
+
+
+def fit_of_optimum(found: Decomposition) -> Fit:
+    """The fit of factors whose energies are those of (W - B_k A_k) X: no product is needed.
+
+    Component i of the outputs has the energy ||b_i||^2 a_i H a_i^T.
+    """
+    rank, energies = found.a.shape[0], found.energies
+    rest = energies.flip(0).cumsum(0).flip(0)  # summed from the small end
+    after = torch.cat([rest[1:], rest.new_zeros(1)])[:rank]
+    total = rest[0].clamp_min(torch.finfo(rest.dtype).tiny)
+    norms = found.b.double().square().sum(dim=0)
+    squares = torch.where(norms > 0, energies[:rank] / norms, 0.0)
+    return Fit((after / total).sqrt(), squares)
+
+
+def fit(
+    weights: Sequence[Tensor], decomposition: Decomposition, input_moment: Tensor | None
+) -> Fit:
+    """The fit of any nested factors; without H, X = I.
+
+    With H = X X^T the squared error is tr W H W^T - 2 sum_i (A H W^T B)_ii + sum_ij (A H A^T)_ij
+    (B^T B)_ij over i, j <= k, so that cumulative sums give all ranks at once.
     """
     a = decomposition.a.double()
     a_h = a if input_moment is None else a @ input_moment.double()
     kept = a.shape[0]
+    squares = (a_h * a).sum(dim=1)
     total, cross = torch.zeros((), dtype=torch.float64), torch.zeros(kept, dtype=torch.float64)
     b_b = torch.zeros((kept, kept), dtype=torch.float64)
     at = 0
     for part in _row_blocks(weights):
         rows, b = part.double(), decomposition.b[at : at + len(part)].double()
         at += len(part)
-        total += ((rows if input_moment is None else rows @ input_moment.double()) * rows).sum()
+        if input_moment is None:
+            total += rows.square().sum()
+        else:
+            total += squared_norm(rows, input_moment.double())
         cross += ((rows @ a_h.T) * b).sum(dim=0)
-        b_b += b.T @ b
+        add_upper(b_b, b)
     if float(total) <= 0.0:
-        return torch.zeros(kept, dtype=torch.float64)
-    cross = cross.cumsum(0)
-    quadratic = ((a_h @ a.T) * b_b).cumsum(0).cumsum(1).diagonal()
-    return ((total - 2 * cross + quadratic).clamp_min(0.0) / total).sqrt()
+        return Fit(torch.zeros(kept, dtype=torch.float64), squares)
+    mirror(b_b)
+    inside = ((a_h @ a.T) * b_b).cumsum(0).cumsum(1).diagonal()
+    errors = ((total - 2 * cross.cumsum(0) + inside).clamp_min(0.0) / total).sqrt()
+    return Fit(errors, squares)
 
 
 def energies_of(weight: Tensor, a: Tensor, b: Tensor, moment: Tensor) -> Tensor:
@@ -224,8 +282,8 @@ def energies_of(weight: Tensor, a: Tensor, b: Tensor, moment: Tensor) -> Tensor:
     not negative, and the sum of those after the k-th is the error of rank k.
     """
     found = Decomposition(a, b, torch.zeros(0), 0.0)
-    total = float(((weight.double() @ moment.double()) * weight.double()).sum())
-    errors = relative_errors([weight], found, moment).square() * total
+    total = float(squared_norm(weight.double(), moment.double()))
+    errors = fit([weight], found, moment).errors.square() * total
     steps = torch.cat([torch.tensor([total], dtype=torch.float64), errors])
     # an error that rises by rounding is held at the lowest one so far
     steps = torch.cummin(steps, dim=0).values

@@ -19,7 +19,34 @@ from svdexport.core.ranks import Ranks
 Statistic = Literal["inputs", "gradients", "mean_abs", "fisher", "rows", "similarity"]
 NEED_GRADIENTS: frozenset[Statistic] = frozenset({"gradients", "fisher"})
 
-_CHUNK = 1024  # rows per float32 product: keeps its rounding near 1e-6 of sqrt(H_ii H_jj)
+_CHUNK = 2048  # rows per float32 product: keeps its rounding near 1e-6 of sqrt(H_ii H_jj)
+_BLOCK = 192  # columns: narrower products lose more speed than they save work
+
+
+def gram(x: Tensor) -> Tensor:
+    """x^T x, (n, n), exactly symmetric, in x's own precision, at little more than half the cost."""
+    result = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype)
+    add_upper(result, x)
+    mirror(result)
+    return result
+
+
+def add_upper(matrix: Tensor, x: Tensor) -> None:
+    """Add x^T x to ``matrix`` but for the blocks below its diagonal.
+
+    A symmetric rank-k update by products: torch has no call for BLAS's own, and numpy's brings
+    threads of its own, which get into the way of torch's.
+    """
+    for start in range(0, matrix.shape[0], _BLOCK):
+        matrix[start : start + _BLOCK, start:] += x[:, start : start + _BLOCK].T @ x[:, start:]
+
+
+def mirror(matrix: Tensor) -> None:
+    """Fill the blocks below the diagonal from those above it, and make the diagonal's symmetric."""
+    for start in range(0, matrix.shape[0], _BLOCK):
+        part, after = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
+        matrix[after, part] = matrix[part, after].T
+        matrix[part, part] = (matrix[part, part] + matrix[part, part].T) / 2
 
 
 def _add_product(matrix: Tensor, x: Tensor, y: Tensor) -> None:
@@ -32,24 +59,35 @@ def _add_product(matrix: Tensor, x: Tensor, y: Tensor) -> None:
 class Moment:
     """H = sum over rows x of x x^T, shape (n, n), float64.
 
-    Products of at most 1,024 rows run in the rows' own precision (float32), which is twice as fast
+    Products of at most 2,048 rows run in the rows' own precision (float32), which is twice as fast
     as float64; their sum is kept in float64, so the error does not grow with the number of rows.
     """
 
     def __init__(self, size: int) -> None:
-        self.matrix = torch.zeros((size, size), dtype=torch.float64)
+        self._sum = torch.zeros((size, size), dtype=torch.float64)
+        self._whole = True  # whether the blocks below the diagonal are filled in
         self.rows = 0
+
+    @property
+    def matrix(self) -> Tensor:
+        """The sum so far."""
+        if not self._whole:
+            mirror(self._sum)
+            self._whole = True
+        return self._sum
 
     def add(self, x: Tensor) -> None:
         """Add rows: x of shape (..., n)."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         for chunk in torch.split(rows, _CHUNK):
-            _add_product(self.matrix, chunk, chunk)
+            add_upper(self._sum, chunk)
+        self._whole = False
         self.rows += rows.shape[0]
 
     def share(self, ranks: Ranks) -> None:
         """Add up what all processes of a run have, on all of them."""
-        ranks.sum(self.matrix)
+        ranks.sum(self._sum)
+        self._whole = False
         self.rows = int(ranks.sum(torch.tensor(self.rows)))
 
 

@@ -51,6 +51,7 @@ class Method:
             share an A.
         embedding: whether the method is for the token embedding, and for nothing else.
         factorize_across: for methods that work on the same group of several adjacent blocks.
+        optimal: whether the energies are those of the error on the outputs, ||(W - B A) X||_F^2.
         keep, finish: for methods whose factors are not nested: what to keep of a group, and from
             it and the nested factors cut at the chosen rank, the pair.
     """
@@ -62,6 +63,7 @@ class Method:
     factorize: Callable[[GroupData], Decomposition]
     only: tuple[str, ...] = ()
     embedding: bool = False
+    optimal: bool = False
     factorize_across: Callable[[Sequence[GroupData]], list[Decomposition]] | None = None
     keep: Callable[[GroupData], dict[str, Tensor]] | None = None
     finish: Callable[[FactorPair, Mapping[str, Tensor], Settings], FactorPair] | None = None

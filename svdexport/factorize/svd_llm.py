@@ -17,4 +17,5 @@ METHOD = Method(
     "Wang et al., ICLR 2025, arXiv 2403.07378",
     frozenset({"inputs"}),
     factorize,
+    optimal=True,
 )

@@ -49,4 +49,5 @@ METHOD = Method(
     "Wang et al., 2025, arXiv 2503.12340",
     frozenset({"inputs"}),
     factorize,
+    optimal=True,
 )

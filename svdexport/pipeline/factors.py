@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svdexport.allocate import STRATEGIES
-from svdexport.core.decompose import INPUT_DAMPING, Decomposition, relative_errors
-from svdexport.core.gauge import in_even_gauge
+from svdexport.core.decompose import INPUT_DAMPING, Decomposition, Fit, fit, fit_of_optimum
+from svdexport.core.gauge import even_scales, evened
 from svdexport.core.lowrank import FactorPair, break_even_rank
 from svdexport.core.moments import Statistic
 from svdexport.core.noise import noise_model
@@ -176,10 +177,14 @@ class Factorizer:
     def _tensors(
         self, group: InputGroup, data: GroupData, found: Decomposition, moments: BlockMoments
     ) -> dict[str, Tensor]:
-        if METHODS[self.recipe.compress.method].factorize_across is None:  # else: one basis for all
-            found = in_even_gauge(found, data.inputs)
-        errors = relative_errors(data.weights, found, data.inputs)
-        tensors = _pack(group.leader, found, errors) | _importance(group, found, moments)
+        method = METHODS[self.recipe.compress.method]
+        good = fit_of_optimum(found) if method.optimal else fit(data.weights, found, data.inputs)
+        if method.factorize_across is None:  # else: one basis for all
+            scales = even_scales(found.b, good.squares)
+            a, b = evened(found.a, found.b, good.squares)
+            found = dataclasses.replace(found, a=a, b=b)
+            good = dataclasses.replace(good, squares=good.squares * scales.square())
+        tensors = _pack(group.leader, found, good.errors) | _importance(group, good, moments)
         if group.leader in moments.few:
             tensors[f"{group.leader}.few"] = torch.tensor(moments.few[group.leader])
         if moments.similarity is not None:
@@ -314,19 +319,15 @@ def _noise(recipe: Recipe, leader: str, found: Decomposition, data: GroupData) -
     }
 
 
-def _importance(
-    group: InputGroup, found: Decomposition, moments: BlockMoments
-) -> dict[str, Tensor]:
+def _importance(group: InputGroup, found: Fit, moments: BlockMoments) -> dict[str, Tensor]:
     """Mean squares of the input channels (n_in,) and of A x (k,), for quantisers; or nothing."""
     moment = moments.inputs.get(group.leader)
     if moment is None:
         return {}
     h, rows = moment.matrix, max(1, moment.rows)  # not divided as a whole: it may be a gigabyte
     inputs = (h.diagonal() / rows).float().contiguous()
-    a = found.a.to(h.dtype)
-    rank = (((a @ h) * a).sum(dim=1) / rows).float()
     return {f"{m.name}.inputs": inputs.clone() for m in group.members} | {
-        f"{group.leader}.rank": rank
+        f"{group.leader}.rank": (found.squares / rows).float()
     }
 
 

@@ -8,8 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svdexport.core.decompose import damped_cholesky, decompose, relative_errors
+from svdexport.core.decompose import (
+    damped_cholesky,
+    decompose,
+    fit,
+    fit_of_optimum,
+    quadratic,
+    squared_norm,
+)
 from svdexport.core.moments import Moment
+from svdexport.factorize import METHODS, GroupData
 
 SHAPES = [(24, 16), (16, 24), (16, 16)]
 
@@ -94,7 +102,7 @@ def test_relative_errors_against_the_definition(shape: tuple[int, int]) -> None:
     weight = torch.randn(*shape, dtype=torch.float64)
     x = torch.randn(shape[1], 50, dtype=torch.float64)
     found = decompose([weight], x @ x.T, [moment(shape[0], 80, 3)])
-    errors = relative_errors([weight], found, x @ x.T)
+    errors = fit([weight], found, x @ x.T).errors
     for rank in (1, 4, 12):
         approximate = found.pair(rank).dense().double()
         expected = torch.linalg.norm((weight - approximate) @ x) / torch.linalg.norm(weight @ x)
@@ -164,3 +172,39 @@ def test_moments_match_float64() -> None:
     assert found.rows == 2100
     assert found.matrix.dtype == torch.float64
     assert float(((found.matrix - expected) / scale[:, None] / scale).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(7, 600), (300, 257), (64, 256)])
+def test_half_of_the_work_gives_the_whole_quadratic_form(shape: tuple[int, int]) -> None:
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    h = moment(shape[1], 50, 2)
+    expected = weight @ h @ weight.T
+    found = quadratic(weight, h)
+    assert torch.allclose(found, expected, atol=1e-12 * float(expected.abs().max()))
+    assert torch.equal(found, found.T)
+    assert float(squared_norm(weight, h)) == pytest.approx(float(expected.trace()), rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["svd_llm", "svd_llm_v2"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_fit_of_an_optimum_needs_no_product(method: str, shape: tuple[int, int]) -> None:
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    h = moment(shape[1], 200, 2)
+    data = GroupData((weight,), h, None, max_rank=12, damping=0.1)
+    found = METHODS[method].factorize(data)
+    quick, slow_fit = fit_of_optimum(found), fit([weight], found, h)
+    a = found.a.double()
+    assert torch.allclose(slow_fit.squares, torch.diagonal(a @ h @ a.T), rtol=1e-9)
+    assert torch.allclose(quick.errors, slow_fit.errors, rtol=1e-4)
+    assert torch.allclose(quick.squares, slow_fit.squares, rtol=1e-4)
+
+
+def test_a_moment_is_the_sum_of_outer_products() -> None:
+    x = torch.randn(3, 700, 400, generator=torch.Generator().manual_seed(1))
+    found = Moment(400)
+    found.add(x[:2])
+    found.add(x[2:].transpose(1, 2).contiguous().transpose(1, 2))  # rows that are not contiguous
+    rows = x.reshape(-1, 400).double()
+    scale = rows.square().sum(0).sqrt()
+    assert float(((found.matrix - rows.T @ rows) / scale[:, None] / scale).abs().max()) < 1e-6
+    assert torch.equal(found.matrix, found.matrix.T)
