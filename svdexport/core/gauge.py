@@ -75,8 +75,14 @@ def in_even_gauge(found: Decomposition, moment: Tensor | None) -> Decomposition:
     """
     a = found.a.double()
     squares = ((a if moment is None else a @ moment.double()) * a).sum(dim=1)
+    return with_even_scales(found, squares)[0]
+
+
+def with_even_scales(found: Decomposition, squares: Tensor) -> tuple[Decomposition, Tensor]:
+    """The same from the sums of squares of A x, (k,), where they are known; and theirs after it."""
+    scales = even_scales(found.b, squares)
     first, second = evened(found.a, found.b, squares)
-    return dataclasses.replace(found, a=first, b=second)
+    return dataclasses.replace(found, a=first, b=second), squares * scales.square()
 
 
 MIXED_AT_MOST = 256  # components: the largest block that shares a scale, in weights and in A x

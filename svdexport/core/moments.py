@@ -76,6 +76,10 @@ class Moment:
             self._whole = True
         return self._sum
 
+    @matrix.setter
+    def matrix(self, value: Tensor) -> None:
+        self._sum, self._whole = value, True
+
     def add(self, x: Tensor) -> None:
         """Add rows: x of shape (..., n)."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()

@@ -21,7 +21,9 @@ from svdexport.core.lowrank import FactorPair
 from svdexport.factorize import METHODS, split_outputs
 from svdexport.files import write_atomic
 from svdexport.models.blocks import InputGroup, Structure
+from svdexport.pipeline import speed_budget
 from svdexport.pipeline.factors import chosen_groups, factors_file, pair_at, read_factors
+from svdexport.pipeline.speed_budget import SpeedModel
 from svdexport.recipe import Compress, Recipe
 from svdexport.report.result import PlanRow
 
@@ -45,10 +47,12 @@ def allocate_ranks(
     structure: Structure,
     folder: Path,
     more: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    speed: SpeedModel | None = None,
 ) -> list[GroupPlan]:
     """Choose every group's rank from the energies in the factor files.
 
     ``more``: by leader, what the strategy had measured on the model (``pipeline.trials``).
+    ``speed``: for a budget that is a speedup.
     """
     compress = recipe.compress
     groups = chosen_groups(recipe, structure)
@@ -68,12 +72,16 @@ def allocate_ranks(
             )
         )
     stack = {group.leader: group.stack or group.leader for group in groups}
-    merged = STRATEGIES[compress.allocate].allocate(
-        one_rank_a_stack(candidates, stack),
-        compress.kept,
-        compress.rank_multiple,
-        compress.allocation,
-    )
+    stacked = one_rank_a_stack(candidates, stack)
+
+    def allocate(ratio: float) -> dict[str, Allocation]:
+        strategy = STRATEGIES[compress.allocate].allocate
+        return strategy(stacked, ratio, compress.rank_multiple, compress.allocation)
+
+    if speed is not None and compress.budget is not None and compress.budget.speedup is not None:
+        merged = speed_budget.choose(speed, compress.budget.speedup, allocate)
+    else:
+        merged = allocate(compress.kept)
     chosen = {leader: merged[name] for leader, name in stack.items()}
     return [
         _plan(

@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from svdexport.allocate import uniform
+from svdexport.allocate import Allocation, uniform
 from svdexport.models.blocks import InputGroup
 from svdexport.models.loader import Source, configuration_of
-from svdexport.models.shapes import shapes_of
-from svdexport.pipeline import estimate
+from svdexport.models.shapes import Shapes, shapes_of
+from svdexport.pipeline import estimate, speed_budget
 from svdexport.pipeline.compress import candidate
 from svdexport.pipeline.factors import chosen_groups
 from svdexport.pipeline.sizes import exports_of
@@ -28,11 +28,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         source = _source(recipe, Path(scratch))
         shapes = shapes_of(source.folder, source.trust_remote_code)
         groups = chosen_groups(recipe, shapes.structure)
-        chosen = uniform.allocate(
-            [candidate(group, recipe.remapped) for group in groups],
-            compress.kept,
-            compress.rank_multiple,
-        )
+        chosen, speedup = _ranks(recipe, shapes, groups)
         exports = exports_of(recipe, source, shapes, groups, chosen, Path(scratch))
     alike: dict[str, list[InputGroup]] = {}  # the experts of a layer in one row
     for group in groups:
@@ -67,10 +63,28 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         "params_dense": dense,
         "params": params,
         "kept": params / dense if dense else 1.0,  # without a method all stays dense
+        "predicted_speedup": speedup,
         "exports": exports,
         "memory_bytes": estimate.memory_bytes(recipe, shapes),
         "seconds": estimate.seconds(recipe, shapes, groups),
     }
+
+
+def _ranks(
+    recipe: Recipe, shapes: Shapes, groups: list[InputGroup]
+) -> tuple[dict[str, Allocation], float | None]:
+    """Uniform ranks, and what they are predicted to gain where the budget is a speedup."""
+    compress = recipe.compress
+    items = [candidate(group, recipe.remapped) for group in groups]
+
+    def allocate(ratio: float) -> dict[str, Allocation]:
+        return uniform.allocate(items, ratio, compress.rank_multiple)
+
+    if compress.budget is None or compress.budget.speedup is None:
+        return allocate(compress.kept), None
+    model = speed_budget.measure(groups, shapes.structure)
+    chosen = speed_budget.choose(model, compress.budget.speedup, allocate)
+    return chosen, model.speedup(chosen)
 
 
 def _source(recipe: Recipe, work: Path) -> Source:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from svdexport.allocate import STRATEGIES
 from svdexport.core.decompose import INPUT_DAMPING, Decomposition, Fit, fit, fit_of_optimum
-from svdexport.core.gauge import even_scales, evened
+from svdexport.core.gauge import with_even_scales
 from svdexport.core.lowrank import FactorPair, break_even_rank
 from svdexport.core.moments import Statistic
 from svdexport.core.noise import noise_model
@@ -180,10 +179,8 @@ class Factorizer:
         method = METHODS[self.recipe.compress.method]
         good = fit_of_optimum(found) if method.optimal else fit(data.weights, found, data.inputs)
         if method.factorize_across is None:  # else: one basis for all
-            scales = even_scales(found.b, good.squares)
-            a, b = evened(found.a, found.b, good.squares)
-            found = dataclasses.replace(found, a=a, b=b)
-            good = dataclasses.replace(good, squares=good.squares * scales.square())
+            found, squares = with_even_scales(found, good.squares)
+            good = Fit(good.errors, squares)
         tensors = _pack(group.leader, found, good.errors) | _importance(group, good, moments)
         if group.leader in moments.few:
             tensors[f"{group.leader}.few"] = torch.tensor(moments.few[group.leader])
@@ -191,9 +188,8 @@ class Factorizer:
             tensors[f"{group.leader}.similarity"] = torch.tensor(moments.similarity).double()
         if self.recipe.compress.by_bytes:
             tensors |= _noise(self.recipe, group.leader, found, data)
-        keep = METHODS[self.recipe.compress.method].keep
-        if keep is not None:
-            tensors |= {f"{group.leader}.keep.{name}": t for name, t in keep(data).items()}
+        if method.keep is not None:
+            tensors |= {f"{group.leader}.keep.{name}": t for name, t in method.keep(data).items()}
         if self.recipe.compress.sequential:
             for member, gradient in zip(group.members, data.gradients or (), strict=False):
                 tensors[f"{member.name}.gradient"] = gradient.float()

@@ -21,9 +21,10 @@ from svdexport.export.checkpoint import assembled, compressed_config, write_chec
 from svdexport.files import write_atomic
 from svdexport.models.corpus import encoder_texts, model_writes, texts
 from svdexport.models.loader import both_rope_forms
-from svdexport.pipeline import compress
+from svdexport.pipeline import compress, speed_budget
 from svdexport.pipeline.byte_budget import allocate_bytes
 from svdexport.pipeline.factors import (
+    chosen_groups,
     factorize_blocks,
     finished_blocks,
     importance,
@@ -129,6 +130,11 @@ def check_encoder(recipe: Recipe) -> None:
         raise RecipeError(
             "calibration.source, evaluate.text: an encoder writes no text; give both as files"
         )
+    if what.budget is not None and what.budget.speedup is not None:
+        raise RecipeError(
+            "compress.budget.speedup: is of a token that is written, and an encoder writes none; "
+            "give param_ratio"
+        )
     if recipe.refine:
         raise RecipeError("refine: refiners need a language model, which an encoder is not")
     for entry in recipe.export:
@@ -215,6 +221,25 @@ def _share(
     torch.set_num_threads(job.threads)
 
 
+def _allocate(
+    job: Job, model: ModelUnderWork, factors: Path, more: dict[str, dict[str, Any]]
+) -> list[compress.GroupPlan]:
+    """Ranks, for a share of the parameters or for a speedup."""
+    recipe, structure = job.recipe, model.structure
+    budget = recipe.compress.budget
+    if budget is None or budget.speedup is None:
+        return compress.allocate_ranks(recipe, structure, factors, more)
+    torch.set_num_threads(job.threads)
+    speed = speed_budget.measure(chosen_groups(recipe, structure), structure)
+    plan = compress.allocate_ranks(recipe, structure, factors, more, speed)
+    reached = speed.speedup({entry.group.leader: entry.allocation for entry in plan})
+    job.reporter.note(
+        f"budget speedup {budget.speedup:g}: predicted {reached:.2f} for one token, from the times "
+        "of its products in float32 on this machine; what the files gain is measured below"
+    )
+    return plan
+
+
 def _assemble(
     job: Job,
     model: ModelUnderWork,
@@ -236,7 +261,7 @@ def _assemble(
     if recipe.compress.by_bytes:
         plan = allocate_bytes(job, model, factors, load_file(tokens)["calibration"])
     else:
-        plan = compress.allocate_ranks(recipe, structure, factors, more)
+        plan = _allocate(job, model, factors, more)
     low_rank = compress.low_rank_of(plan, structure)
     embedding = compress.embedding_of(plan, structure)
     shutil.rmtree(checkpoint, ignore_errors=True)

@@ -133,7 +133,7 @@ class Calibration(_Section):
 
 
 class Budget(_Section):
-    """How much to keep, or how large the file may be.
+    """How much to keep, how large the file may be, or how much faster a token is to come.
 
     With ``bytes`` form, rank and type of every matrix are chosen, embedding and head among them,
     for the one GGUF export of type ``mixed``.
@@ -143,11 +143,15 @@ class Budget(_Section):
         default=None, gt=0, le=1, description="kept share of the factorised linears' parameters"
     )
     bytes: Bytes | None = None
+    speedup: float | None = Field(
+        default=None, gt=1, le=100, description="of one token, predicted by timing products here"
+    )
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Budget:
-        if (self.param_ratio is None) == (self.bytes is None):
-            raise ValueError("give exactly one of param_ratio and bytes")
+        given = [v for v in (self.param_ratio, self.bytes, self.speedup) if v is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of param_ratio, bytes and speedup")
         return self
 
 
@@ -238,6 +242,20 @@ class Compress(_Section):
     def _in_sequence(self) -> Compress:
         if self.sequential and self.method not in SEQUENTIAL:
             raise ValueError(f"sequential: true goes with method {', '.join(SEQUENTIAL)}")
+        if self.sequential and self.by_bytes:
+            raise ValueError(
+                "sequential: true goes with budget param_ratio or speedup: a byte budget chooses "
+                "types by the losses of factors that would be made anew"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _speed_can_be_chosen(self) -> Compress:
+        if self.budget is not None and self.budget.speedup is not None:
+            if self.allocate == "dobi_svd":
+                raise ValueError("budget.speedup: allocate dobi_svd learns for a given param_ratio")
+            if self.method == "emb_ae":
+                raise ValueError("budget.speedup: a low-rank embedding makes no token faster")
         return self
 
 
@@ -371,6 +389,11 @@ class Recipe(_Section):
             raise ValueError(
                 "compress.method emb_ae makes a low-rank embedding, which no runtime behind "
                 f"{' or '.join(sorted(formats))} has; export format: checkpoint alone"
+            )
+        if self.compress.method == "emb_ae" and self.refine:
+            raise ValueError(
+                "refine: refiners work on pairs of linears, and compress.method emb_ae makes none; "
+                "leave it out"
             )
         return self
 

@@ -45,6 +45,11 @@ def plan_table(found: dict[str, Any]) -> RenderableType:
         + ", ".join(
             f"{name.replace('_', ' ')} {size / MEGA:,.0f} MB" for name, size in memory.items()
         ),
+        *(
+            [f"predicted: a token {found['predicted_speedup']:.2f} times as fast, by its products"]
+            if found.get("predicted_speedup")
+            else []
+        ),
         "time here, roughly: "
         + ", ".join(f"{stage} {seconds(value)}" for stage, value in found["seconds"].items()),
     ]
