@@ -300,3 +300,25 @@ def test_settings_belong_to_one_method(path: Path) -> None:
         path, "compress.method=basis_sharing", "compress.settings.apart=['re:(']"
     )
     assert "alpha" in str(json_schema()["$defs"]["Compress"]["properties"]["settings"])
+
+
+@pytest.mark.parametrize(
+    ("compress", "rest", "words"),
+    [
+        (
+            "{method: emb_ae, budget: {param_ratio: 0.5}}",
+            "refine: {method: als}\nexport: [{format: checkpoint}]",
+            "emb_ae makes none",
+        ),
+        (
+            "{method: kfac_svd, sequential: true, budget: {bytes: 1MB}}",
+            "quantize: {algorithm: gptq}\nexport: [{format: gguf, type: mixed}]",
+            "sequential: true goes with budget",
+        ),
+    ],
+)
+def test_what_does_not_go_together(tmp_path: Path, compress: str, rest: str, words: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"schema: 1\nmodel: {{path: m}}\ncompress: {compress}\n{rest}\n")
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(path)

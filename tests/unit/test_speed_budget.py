@@ -77,24 +77,6 @@ def test_a_small_rank_takes_less_time_than_the_dense_product() -> None:
         (["compress.budget.param_ratio=0.8"], "exactly one"),
         (["compress.allocate=dobi_svd"], "dobi_svd"),
         (["compress.method=emb_ae"], "embedding"),
-        (
-            [
-                "compress.method=emb_ae",
-                "compress.budget={param_ratio: 0.5}",
-                "refine={method: als}",
-            ],
-            "emb_ae makes none",
-        ),
-        (
-            [
-                "compress.method=kfac_svd",
-                "compress.sequential=true",
-                "compress.budget={bytes: 1MB}",
-                "quantize={algorithm: gptq}",
-                "export=[{format: gguf, type: mixed}]",
-            ],
-            "sequential: true goes with budget",
-        ),
         (["compress.budget.speedup=1"], "speedup"),
     ],
 )
