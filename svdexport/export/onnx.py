@@ -209,6 +209,8 @@ def read_back(
                 continue
             if node.op_type == "Gather" and tensors[name].data_type in _CODES:
                 continue  # codes that are also the LM head's, whose node knows their scales
+            if node.op_type == "GatherBlockQuantized" and len(tensors[name].dims) == 3:
+                continue  # the same
             seen.add(name)
             values = _node_weight(node, tensors, path)
             start = 0

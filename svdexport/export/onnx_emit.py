@@ -324,6 +324,14 @@ class PairEmitter:
         )
         return f"{turned}/output_0"
 
+    def _reshaped(
+        self, value: str, node: str, sizes: list[int], dtype: ir.DataType, shape: Any
+    ) -> str:
+        output, wanted = f"{node}/output_0", f"/model/constants/INT64/{sizes}"
+        self.make_node("Reshape", inputs=[value, wanted], outputs=[output], name=node)
+        self.make_value(output, dtype, shape=shape)
+        return output
+
     def _tied_head_node(self, node: str, root: str, output: str) -> None:
         if self.plan.half:
             self.make_node(
@@ -341,50 +349,45 @@ class PairEmitter:
         )
 
     def _shared_names(self, grid: NBitsGrid) -> list[str]:
-        names = [f"lm_head.MatMul.weight_Q{grid.bits}", "lm_head.MatMul.weight_scales"]
-        return names if grid.symmetric else [*names, "lm_head.MatMul.weight_zero_points"]
+        return [f"lm_head.MatMul.weight_Q{grid.bits}", "lm_head.MatMul.weight_scales"]
 
     def _quantized_gather(
         self, embedding: Any, rows: list[Row], grid: NBitsGrid, basename: str
     ) -> str:
-        """Rows of the LM head's packed weight, dequantised as they are looked up."""
+        """Rows of the LM head's packed weight, dequantised as they are looked up.
+
+        They are read in the LM head's shape, (rows, blocks, bytes), and come as blocks: a Reshape
+        of the weight would be folded into a second copy of it.
+        """
         weight = embedding.detach().numpy()
         names = self._add_packed(weight, rows, grid, HEAD)
-        packed = self.values[names[0]].shape
-        flat = int(packed[1]) * int(packed[2])
-        reshaped = f"{basename}/Reshape/output_0"
-        self.make_node(
-            "Reshape",
-            inputs=[names[0], f"/model/constants/INT64/[{weight.shape[0]}, {flat}]"],
-            outputs=[reshaped],
-            name=f"{basename}/Reshape",
-        )
-        self.make_value(reshaped, ir.DataType.UINT8, shape=[weight.shape[0], flat])
+        blocks = grid.blocks(weight.shape[1])
+        size, kind = [weight.shape[0], blocks, 1], ir.DataType.FLOAT
+        scales = self._reshaped(names[1], f"{basename}/Scales", size, kind, size)
         node = f"{basename}/GatherBlockQuantized"
-        output = f"{node}/output_0"
+        gathered = f"{node}/output_0"
         self.make_node(
             "GatherBlockQuantized",
-            inputs=[reshaped, self.input_names["input_ids"], *names[1:]],
-            outputs=[output],
+            inputs=[names[0], self.input_names["input_ids"], scales],
+            outputs=[gathered],
             name=node,
             domain="com.microsoft",
             bits=grid.bits,
             block_size=grid.block_size,
             gather_axis=0,
-            quantize_axis=1,
+            quantize_axis=2,
         )
-        width = grid.blocks(weight.shape[1]) * grid.block_size
+        batch, tokens, _ = self.make_hidden_state_shape()
+        self.make_value(gathered, self.io_dtype, shape=[batch, tokens, blocks, grid.block_size])
+        width = blocks * grid.block_size
+        meant = self.make_hidden_state_shape(last_dim=width)
+        flat = f"{basename}/Reshape"
+        output = self._reshaped(gathered, flat, [0, 0, width], self.io_dtype, meant)
         if width == weight.shape[1]:
             return output
-        self.make_value(output, self.io_dtype, shape=self.make_hidden_state_shape(last_dim=width))
         cut = f"{basename}/Slice"
-        ends = ["[0]", f"[{weight.shape[1]}]", "[-1]"]
-        self.make_node(
-            "Slice",
-            inputs=[output, *(f"/model/constants/INT64/{end}" for end in ends)],
-            outputs=[f"{cut}/output_0"],
-            name=cut,
-        )
+        ends = (f"/model/constants/INT64/{end}" for end in ([0], [weight.shape[1]], [-1]))
+        self.make_node("Slice", inputs=[output, *ends], outputs=[f"{cut}/output_0"], name=cut)
         return f"{cut}/output_0"
 
 

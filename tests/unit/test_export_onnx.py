@@ -173,6 +173,11 @@ def test_tied_embedding_is_stored_once_and_quantised_rows_are_looked_up(tmp_path
     assert sizes["fp32"] - sizes["int8"] > embedding * 2
     values = dict(read_back(tmp_path / "int8", checkpoint, source, None, tmp_path))
     assert values["model.embed_tokens.weight"].shape == (VOCAB, 64)
+    # A Reshape of the codes would be folded into a second copy as the graph is loaded.
+    graph = onnx.load(str(tmp_path / "int8" / MODEL_FILE), load_external_data=False).graph
+    codes = next(t.name for t in graph.initializer if list(t.dims) == [VOCAB, 2, 32])
+    readers = {node.op_type for node in graph.node if codes in node.input}
+    assert readers == {"GatherBlockQuantized", "MatMulNBits"}
 
 
 def test_bytes_are_the_same_every_time(tmp_path: Path) -> None:
