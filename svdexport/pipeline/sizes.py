@@ -38,6 +38,7 @@ _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GGUF_PADDING = 32
 ROUTERS = (".gate.weight", "_gate.weight")  # of mixtures of experts: F32 in a GGUF
 
+EXACT = "exact"
 # what comes on top of the tensors' bytes, by format
 ON_TOP = {
     "gguf": "tensors; metadata and header come on top",
@@ -87,6 +88,9 @@ def exports_of(
             entry |= {"weight_bytes": asked, "note": "the budget; types are chosen in the run"}
         elif isinstance(spec, GgufExport):
             entry |= _file(spec, base, groups, chosen, trouble)
+            fixed = recipe.compress.allocate == "uniform" or recipe.compress.method == "none"
+            if entry["note"] == EXACT and not fixed:
+                entry["note"] = "exact for these ranks; the run chooses its own"
         found.append(entry)
     return found
 
@@ -118,7 +122,7 @@ def _file(
         return {
             "file_bytes": exact_bytes(spec, base, low_rank, dims),
             "dense_file_bytes": exact_bytes(spec, base, {}, {}),
-            "note": "exact",
+            "note": EXACT,
         }
     except InputError as error:
         return {"note": f"{ON_TOP['gguf']} ({error})"}
