@@ -217,9 +217,22 @@ class _Columns:
                 if dynamic and k % block == 0:
                     end = min(k + block, self.n)
                     made = u[start:k, k:end].T @ self.r[start:k]
-                    self._search(target[k - start : end - start] + made, k)
+                    aims = target[k - start : end - start] + made
+                    self._search(self._expected(k, end, aims), k)
                 aim = target[k - start] + u[start:k, k] @ self.r[start:k]
                 torch.sub(self.w[k], self._round(k, order[k], aim), out=self.r[k])
+
+    def _expected(self, start: int, stop: int, aims: Tensor) -> Tensor:
+        """What a block's columns will aim at if none of them is rounded, (columns, m).
+
+        A column that follows its aim exactly still has R = W - aim, of which the next ones are
+        told: the block's shifts d solve d_j = b_j - sum_{i<j} d_i U_ij, b those from before it.
+        """
+        own = self.w[start:stop]
+        inner = self.metric.u[start:stop, start:stop].T
+        shifts = torch.linalg.solve_triangular(inner, aims - own, upper=False, unitriangular=True)
+        found: Tensor = own + shifts
+        return found
 
     def descend(self) -> None:
         """Each column to the nearest grid points of its optimum, all others as they are."""

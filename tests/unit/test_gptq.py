@@ -138,3 +138,27 @@ def test_onnx_grids_with_rows_that_do_not_fill_a_block(bits: int, symmetric: boo
     tensor = nbits_from_codes(found.codes, found.scales, 200, grid)
     np.testing.assert_array_equal(dequantize(tensor), found.values.numpy())
     assert found.error < round_to_nearest(weight, moment, grid).error
+
+
+def test_natural_order_searches_the_scales_that_the_published_loop_searches() -> None:
+    """Frantar et al.'s own form: the inverse's Cholesky factor, all later columns updated."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(24, 64, generator=generator).double()
+    x = torch.randn(300, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    moment = (x.T @ x).double()
+    grid = NBitsGrid(2, 32, False)
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    work, expected = weight.clone(), torch.zeros_like(weight)
+    for k in range(64):
+        if k % 32 == 0:
+            importance = 1 / upper.diagonal()[k : k + 32].square()
+            steps = grid.steps(grid.search(work[:, k : k + 32].float(), importance.float()))
+        code = (work[:, k : k + 1] * steps.inverse() + steps.zero).round()
+        code = code.clamp(steps.low, steps.high)
+        expected[:, k] = ((code - steps.zero) * steps.scale)[:, 0]
+        error = (work[:, k] - expected[:, k]) / upper[k, k]
+        work[:, k:] -= error[:, None] * upper[k, k:]
+    found = gptq(weight, moment, grid, GptqConfig(0.01, "natural", 0))
+    same = (found.values.double() - expected).abs() < 1e-5
+    assert float(same.double().mean()) > 0.99

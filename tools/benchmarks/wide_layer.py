@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from svdexport.core.decompose import decompose
+from svdexport.core.gauge import in_even_gauge, mixed
 from svdexport.core.gptq import GptqConfig, gptq, gptq_pair, relative_error
 from svdexport.core.grids_gguf import GRIDS
 from svdexport.core.lowrank import FactorPair
@@ -36,10 +37,10 @@ LOW, HIGH = 1.5, 4.6  # bits per weight
 CONFIG = GptqConfig(0.001, sweeps=0)
 DENSE = ("Q2_K", "Q3_K", "Q4_0", "Q4_K")
 PLAIN = ("IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "Q3_K", "IQ4_XS", "Q4_K")
-PAIR_RANKS = (512, 768, 1024, 1280, 1536, 2048)
-PAIR_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-SPLITS = ((256, "Q8_0"), (256, "Q6_K"))
-RESIDUAL_RANKS = (32, 64, 128, 256)
+PAIR_RANKS = (512, 1024, 1536, 2048)
+PAIR_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q6_K")
+SPLITS = ((256, "Q8_0"),)
+RESIDUAL_RANKS = (32, 128)
 COLOURS = {
     "dense": "#1d4ed8", "plain": "#64748b", "pair": "#b45309", "split": "#a21caf",
     "residual": "#047857",
@@ -99,13 +100,19 @@ def plain(layer: Layer) -> Iterator[tuple[str, int | None, float, float]]:
         yield name, None, layer.bits(name), layer.error(values)
 
 
-def _best(layer: Layer) -> Callable[[int], FactorPair]:
-    found = decompose([layer.weight], layer.moment)
-    return found.pair
+def _best(weight: Tensor, moment: Tensor) -> Callable[[int], FactorPair]:
+    """The best pair of each rank, in the gauge in which svdexport writes pairs."""
+    found = in_even_gauge(decompose([weight], moment), moment)
+
+    def of(rank: int) -> FactorPair:
+        pair = found.pair(rank)
+        return FactorPair(*mixed(pair.a, pair.b))
+
+    return of
 
 
 def pair(layer: Layer) -> Iterator[tuple[str, int | None, float, float]]:
-    best = _best(layer)
+    best = _best(layer.weight, layer.moment)
     for name in PAIR_TYPES:
         for rank in PAIR_RANKS:
             if rank <= min(layer.weight.shape) and LOW <= layer.bits(name, rank) <= HIGH:
@@ -115,16 +122,17 @@ def pair(layer: Layer) -> Iterator[tuple[str, int | None, float, float]]:
 
 def split(layer: Layer) -> Iterator[tuple[str, int | None, float, float]]:
     """The tail's pair is fitted to what the rounded leading pair leaves of W."""
-    best, w, h = _best(layer), layer.weight, layer.moment
+    w, h = layer.weight, layer.moment
+    best = _best(w, h)
     for lead, high in SPLITS:
         one_a, one_b = gptq_pair(best(lead), h, GRIDS[high], GRIDS[high], CONFIG)
         rest = w - one_b.values @ one_a.values
-        tail = decompose([rest], h)
-        for low in ("Q2_K", "Q3_K", "Q4_K"):
-            for rank in (256, 512, 1024, 1536):
+        tail = _best(rest, h)
+        for low in ("Q2_K", "Q3_K"):
+            for rank in (256, 512, 1024):
                 bits = layer.bits(high, lead) + layer.bits(low, rank)
                 if LOW <= bits <= HIGH:
-                    a, b = gptq_pair(tail.pair(rank), h, GRIDS[low], GRIDS[low], CONFIG)
+                    a, b = gptq_pair(tail(rank), h, GRIDS[low], GRIDS[low], CONFIG)
                     values = one_b.values @ one_a.values + b.values @ a.values
                     yield f"{lead} x {high} + {low}", lead + rank, bits, layer.error(values)
 
@@ -138,7 +146,7 @@ def residual(layer: Layer) -> Iterator[tuple[str, int | None, float, float]]:
             same = torch.equal(values, w)
             return first if same else gptq(values, h, GRIDS[base], CONFIG).values
 
-        for factors in ("Q8_0", "Q4_0"):
+        for factors in ("Q8_0",):
 
             def rounded(found: FactorPair, factors: str = factors) -> FactorPair:
                 a, b = gptq_pair(found, h, GRIDS[factors], GRIDS[factors], CONFIG)
@@ -151,6 +159,7 @@ def residual(layer: Layer) -> Iterator[tuple[str, int | None, float, float]]:
                     yield f"{base} + {factors}", rank, bits, min(found.losses)
 
 
+DEFAULT = ["dense", "pair", "split", "residual"]
 FORMS = {"dense": dense, "plain": plain, "pair": pair, "split": split, "residual": residual}
 
 
@@ -248,7 +257,7 @@ def main() -> None:
     parser.add_argument("--spectrum", type=float, default=0.7)
     parser.add_argument("--correlation", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=DEFAULT)
     parser.add_argument("--to", type=Path, default=Path())
     options = parser.parse_args()
     torch.set_num_threads(1)
