@@ -33,7 +33,8 @@ from svdexport.export.gguf_types import Types, held
 from svdexport.files import write_atomic
 from svdexport.models.blocks import InputGroup
 from svdexport.pipeline.compress import GroupPlan
-from svdexport.pipeline.factors import chosen_groups, factors_file
+from svdexport.pipeline.factor_files import factors_file
+from svdexport.pipeline.factors import chosen_groups
 from svdexport.pipeline.job import Job, ModelUnderWork
 from svdexport.recipe import GgufExport
 from svdexport.runtimes.gguf_file import BLOCKS, nbytes

@@ -25,7 +25,8 @@ from svdexport.models.loader import load_model, load_tokenizer, open_source
 from svdexport.models.modules import is_transposed
 from svdexport.models.weights import Weights
 from svdexport.pipeline.compress import GroupPlan, allocate_ranks, plan_rows
-from svdexport.pipeline.factors import Factorizer, factors_file, moments_for, pair_at
+from svdexport.pipeline.factor_files import factors_file, pair_at
+from svdexport.pipeline.factors import Factorizer, moments_for
 from svdexport.pipeline.reporter import Reporter
 from svdexport.pipeline.trials import measured
 from svdexport.recipe import Compress, Recipe, did_you_mean

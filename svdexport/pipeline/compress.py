@@ -22,7 +22,8 @@ from svdexport.factorize import METHODS, split_outputs
 from svdexport.files import write_atomic
 from svdexport.models.blocks import InputGroup, Structure
 from svdexport.pipeline import speed_budget
-from svdexport.pipeline.factors import chosen_groups, factors_file, pair_at, read_factors
+from svdexport.pipeline.factor_files import factors_file, pair_at, read_factors
+from svdexport.pipeline.factors import chosen_groups
 from svdexport.pipeline.speed_budget import SpeedModel
 from svdexport.recipe import Compress, Recipe
 from svdexport.report.result import PlanRow

@@ -7,25 +7,23 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svdexport.allocate import STRATEGIES
-from svdexport.core.decompose import INPUT_DAMPING, Decomposition, Fit, fit, fit_of_optimum
+from svdexport.core.decompose import Decomposition, Fit, fit, fit_of_optimum
 from svdexport.core.gauge import with_even_scales
-from svdexport.core.lowrank import FactorPair, break_even_rank
+from svdexport.core.lowrank import break_even_rank
 from svdexport.core.moments import Statistic
 from svdexport.core.noise import noise_model
 from svdexport.core.ranks import ALONE, Ranks
 from svdexport.errors import InputError, RecipeError
 from svdexport.factorize import METHODS, GroupData
-from svdexport.files import atomic_file
 from svdexport.models.blocks import InputGroup, Structure, matches, select
 from svdexport.models.calibrate import BlockMoments, calibrate
 from svdexport.models.weights import Weights, as_weights
+from svdexport.pipeline.factor_files import factors_file, save_factors
 from svdexport.pipeline.reporter import Reporter
-from svdexport.recipe import Compress, Recipe
+from svdexport.recipe import Recipe
 from svdexport.recipe.settings import BasisSharing, DobiSvd
 
 
@@ -66,11 +64,6 @@ def statistics(recipe: Recipe) -> frozenset[Statistic]:
     if compress.method == "none":  # quantisation takes its own
         return frozenset()
     return METHODS[compress.method].needs | STRATEGIES[compress.allocate].needs
-
-
-def factors_file(folder: Path, block: int) -> Path:
-    """File of the nested factors of one block."""
-    return folder / f"block_{block:04d}.safetensors"
 
 
 def finished_blocks(recipe: Recipe, structure: Structure, folder: Path) -> list[int]:
@@ -153,7 +146,7 @@ class Factorizer:
         for moments, made in zip(blocks, tensors, strict=True):
             gathered = self.ranks.gather(made)
             if self.ranks.rank == 0:
-                _save(gathered, factors_file(self.folder, moments.block))
+                save_factors(gathered, factors_file(self.folder, moments.block))
 
     def _shared(self, blocks: list[list[InputGroup]]) -> Iterator[list[tuple[int, InputGroup]]]:
         """Groups that are factorised together, each with the number of its block in the list."""
@@ -325,80 +318,3 @@ def _importance(group: InputGroup, found: Fit, moments: BlockMoments) -> dict[st
     return {f"{m.name}.inputs": inputs.clone() for m in group.members} | {
         f"{group.leader}.rank": (found.squares / rows).float()
     }
-
-
-def importance(structure: Structure, folder: Path) -> dict[str, Tensor]:
-    """What ``_importance`` left in the factor files, of all blocks."""
-    found: dict[str, Tensor] = {}
-    for block in range(len(structure.blocks)):
-        if factors_file(folder, block).exists():
-            found |= read_factors(factors_file(folder, block), (".inputs", ".rank"))
-    return found
-
-
-def moment_trouble(structure: Structure, folder: Path) -> Iterator[str]:
-    """What was odd about the moments: those that needed damping, channels without a signal, and
-    experts that got few tokens."""
-    dampings: list[float] = []
-    few: list[int] = []
-    dead: dict[str, int] = {}
-    for block in range(len(structure.blocks)):
-        if not factors_file(folder, block).exists():
-            continue
-        for name, tensor in read_factors(
-            factors_file(folder, block), (".damping", ".inputs", ".few")
-        ).items():
-            if name.endswith(".damping"):
-                dampings.append(float(tensor))
-            elif name.endswith(".few"):
-                few.append(int(tensor))
-            elif count := int((tensor == 0).sum()):
-                dead[name.removesuffix(".inputs")] = count
-    damped = [value for value in dampings if value > INPUT_DAMPING]
-    if damped:
-        yield (
-            f"{len(damped)} of {len(dampings)} moments were singular and were damped, by up to "
-            f"{max(damped):.0e} of their mean eigenvalue"
-        )
-    if few:
-        yield (
-            f"{len(few)} linears of experts got fewer calibration tokens than they have input "
-            f"channels (the least {min(few)}): the moments of all experts of their layer stand in"
-        )
-    if dead:
-        some = ", ".join(list(dead)[:3]) + (", ..." if len(dead) > 3 else "")
-        yield (
-            f"{len(dead)} linears have input channels that are zero on all of the calibration "
-            f"text (up to {max(dead.values())}): {some}"
-        )
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    with atomic_file(path) as making:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, making)
-
-
-def gradients_of(group: InputGroup, path: Path) -> list[Tensor] | None:
-    """G of each member, as a sequential recipe's factor file keeps them; None without gradients."""
-    names = [f"{member.name}.gradient" for member in group.members]
-    found = read_factors(path, tuple(names))
-    return [found[name].double() for name in names] if found else None
-
-
-def read_factors(path: Path, endings: tuple[str, ...]) -> dict[str, Tensor]:
-    """Tensors of a factor file by the ends of their names; no other is read."""
-    with safe_open(path, framework="pt") as file:
-        wanted = [name for name in file.keys() if name.endswith(endings)]  # noqa: SIM118
-        return {name: file.get_tensor(name).clone() for name in wanted}
-
-
-def pair_at(compress: Compress, tensors: dict[str, Tensor], leader: str, rank: int) -> FactorPair:
-    """A group's pair of a rank, from its tensors in the factor file."""
-    a, b = tensors[f"{leader}.a"], tensors[f"{leader}.b"]
-    pair = FactorPair(a[:rank].contiguous(), b[:, :rank].contiguous())
-    finish = METHODS[compress.method].finish
-    if finish is None:
-        return pair
-    prefix = f"{leader}.keep."
-    kept = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-    return finish(pair, kept, compress.settings)

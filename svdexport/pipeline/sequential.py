@@ -18,7 +18,7 @@ from svdexport.models.blocks import InputGroup
 from svdexport.models.modules import is_transposed
 from svdexport.models.sequence import Walk
 from svdexport.pipeline.compress import GroupPlan
-from svdexport.pipeline.factors import factors_file, gradients_of
+from svdexport.pipeline.factor_files import factors_file, gradients_of
 from svdexport.pipeline.job import Job, ModelUnderWork
 
 MIX = 1.0  # weight of the original inputs beside the compressed model's (core/sequence.py)

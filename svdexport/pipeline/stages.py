@@ -23,14 +23,8 @@ from svdexport.models.corpus import encoder_texts, model_writes, texts
 from svdexport.models.loader import both_rope_forms
 from svdexport.pipeline import compress, speed_budget
 from svdexport.pipeline.byte_budget import allocate_bytes
-from svdexport.pipeline.factors import (
-    chosen_groups,
-    factorize_blocks,
-    finished_blocks,
-    importance,
-    moment_trouble,
-    statistics,
-)
+from svdexport.pipeline.factor_files import importance, moment_trouble
+from svdexport.pipeline.factors import chosen_groups, factorize_blocks, finished_blocks, statistics
 from svdexport.pipeline.job import Job, ModelUnderWork, key, source_key
 from svdexport.pipeline.refine import run_refinement
 from svdexport.pipeline.sequential import fitted_dense, refactor_in_sequence

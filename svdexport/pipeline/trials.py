@@ -15,7 +15,8 @@ from svdexport.models.blocks import InputGroup, Structure
 from svdexport.models.calibrate import Progress
 from svdexport.models.sensitivity import Trials, perplexities
 from svdexport.models.truncation import learn_positions
-from svdexport.pipeline.factors import chosen_groups, factors_file, pair_at
+from svdexport.pipeline.factor_files import factors_file, pair_at
+from svdexport.pipeline.factors import chosen_groups
 from svdexport.recipe import Recipe
 from svdexport.recipe.settings import AsvdTrials, DobiPositions
 
