@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -50,3 +53,15 @@ def free_memory() -> int:
     except (OSError, ValueError):  # no limit ("max"), or another kind of system
         return free
     return max(free, 0)
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """No search for cyclic garbage inside: it disturbs timings, and imports of large libraries."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -21,8 +21,8 @@ from svdexport.recipe.schema import (
     Quantize,
     Recipe,
     Speed,
-    parse_bytes,
 )
+from svdexport.recipe.values import parse_bytes
 
 __all__ = [
     "Baselines",

@@ -24,6 +24,7 @@ SCHEMA_FILE = f"manifest-{results.SCHEMA_VERSION}.schema.json"  # its version is
 MAX_BYTES = 1 << 28  # a manifest of a large model has some 10,000 tensors: a few megabytes
 
 _QUALITY_FIGURES = ("perplexity", "perplexity_ratio", "mean_kld", "kld_p999", "same_top")
+_EMBEDDING_FIGURES = ("mean_cosine", "low_cosine", "rank_correlation")
 
 
 def write(result: RunResult, folder: Path) -> Path:
@@ -120,22 +121,21 @@ def _quality(
     result: RunResult, artifact: ArtifactResult, quality: Quality
 ) -> Iterator[dict[str, Any]]:
     command = _eval_command(result, artifact, quality)
-    for name in _QUALITY_FIGURES:
-        value = getattr(quality, name)
-        if value is None:
-            continue
-        entry = {"artifact": artifact.path, "figure": name, "value": value, "command": command}
-        spread = quality.spreads.get(name)
-        if spread is not None:
-            entry |= {"low": spread.low, "high": spread.high}
-        yield entry
+    yield from _with_spreads(artifact, quality, _QUALITY_FIGURES, command)
 
 
 def _embeddings(
     result: RunResult, artifact: ArtifactResult, found: Embeddings
 ) -> Iterator[dict[str, Any]]:
     command = _verify_command(result, artifact, "--quality")
-    for name in ("mean_cosine", "low_cosine", "rank_correlation"):
+    yield from _with_spreads(artifact, found, _EMBEDDING_FIGURES, command)
+
+
+def _with_spreads(
+    artifact: ArtifactResult, found: Quality | Embeddings, names: tuple[str, ...], command: str
+) -> Iterator[dict[str, Any]]:
+    """The figures that there are, with the interval of those that have one."""
+    for name in names:
         value = getattr(found, name)
         if value is None:
             continue

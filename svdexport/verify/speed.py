@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from svdexport.core.machine import describe, usable_cores
+from svdexport.core.machine import describe, no_garbage_collection, usable_cores
 from svdexport.core.measures import (
     ArtifactSpeed,
     Sample,
@@ -72,7 +71,8 @@ def measure(
     """
     _check(runtimes, settings)
     metrics = _metrics(runtimes, settings)
-    with _no_garbage_collection():
+    gc.collect()
+    with no_garbage_collection():
         tables = [_measure_metric(runtimes, metric, settings, progress) for metric in metrics]
     artifacts = tuple(
         _artifact(i, runtimes, [table[i] for table in tables]) for i in range(len(runtimes))
@@ -230,15 +230,3 @@ def _artifact(index: int, runtimes: Sequence[Runtime], timings: list[Timing]) ->
         verdict=worst(words) if index > 0 else None,
         timings=tuple(timings),
     )
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

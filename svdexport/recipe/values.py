@@ -1,0 +1,54 @@
+"""Values of recipes that are written as text: sizes in bytes, and paths beside the recipe."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationInfo, WithJsonSchema
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+_SIZE = re.compile(r"^([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]?B|[KMG]iB)$", re.IGNORECASE)
+
+
+def parse_bytes(value: Any) -> Any:
+    """Bytes of ``60MB`` (1 MB = 10**6) or ``60MiB`` (2**20); anything but text is left as it is."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.match(value.strip())
+    if match is None:
+        raise ValueError(f"{value[:40]!r} is not a size; write bytes, or for example 60MB")
+    return round(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _resolve_path(value: Any, info: ValidationInfo) -> Any:
+    """A path relative to the recipe's folder; ``~`` is the home folder."""
+    if isinstance(value, str):
+        if not value or "\0" in value:
+            raise ValueError("an empty or malformed path")
+        base = (info.context or {}).get("base")
+        try:
+            path = Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError(f"{value[:80]!r}: no such home folder") from None
+        return path if base is None else base / path
+    return value
+
+
+RecipePath: TypeAlias = Annotated[
+    Path,
+    BeforeValidator(_resolve_path),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "description": "relative to the recipe's folder"}),
+]
+Bytes: TypeAlias = Annotated[
+    int,
+    BeforeValidator(parse_bytes),
+    Field(gt=0),
+    WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string"}]}),
+]
