@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdexport.core.decompose import Decomposition
+from svdexport.core.decompose import Decomposition, decompose
 from svdexport.core.lowrank import FactorPair
 from svdexport.core.moments import Statistic
 from svdexport.recipe.settings import NO_SETTINGS, Settings
@@ -67,6 +67,25 @@ class Method:
     factorize_across: Callable[[Sequence[GroupData]], list[Decomposition]] | None = None
     keep: Callable[[GroupData], dict[str, Tensor]] | None = None
     finish: Callable[[FactorPair, Mapping[str, Tensor], Settings], FactorPair] | None = None
+
+
+def completed(found: Decomposition, weights: Sequence[Tensor], rank: int) -> Decomposition:
+    """At least ``rank`` components, also where the calibration text determines fewer.
+
+    Those that follow are the plain SVD of W - B A; on that text their energies are 0.
+    """
+    have = found.a.shape[0]
+    if have >= rank:
+        return found
+    left = torch.cat([w.double() for w in weights]) - found.b.double() @ found.a.double()
+    rest = decompose([left], max_rank=rank - have)
+    missing = max(0, rank - len(found.energies))
+    return Decomposition(
+        torch.cat([found.a, rest.a]),
+        torch.cat([found.b, rest.b], dim=1),
+        torch.cat([found.energies, found.energies.new_zeros(missing)]),
+        found.damping,
+    )
 
 
 def split_outputs(stacked: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:

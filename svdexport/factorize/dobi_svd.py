@@ -6,7 +6,7 @@ import torch
 
 from svdexport.core.decompose import Decomposition
 from svdexport.core.pca import IncrementalPca
-from svdexport.factorize.base import GroupData, Method
+from svdexport.factorize.base import GroupData, Method, completed
 from svdexport.recipe.settings import DobiSvd
 
 
@@ -16,17 +16,20 @@ def factorize(data: GroupData) -> Decomposition:
     They come from an incremental PCA over parts of the calibration rows, which never needs more
     than one part's outputs and ``max_rank`` directions. Parts enter with their singular values,
     so that one V serves every rank; the published code averages the parts' V_i of one given rank,
-    which depends on that rank. The truncation positions are the allocation ``dobi_svd``.
+    which depends on that rank. The truncation positions are the allocation ``dobi_svd``. Beyond
+    the directions that the rows span, the plain SVD of what is left of W follows.
     """
     assert data.rows is not None
     assert isinstance(data.settings, DobiSvd)
     weight = torch.cat([w.double() for w in data.weights])
-    pca = IncrementalPca(weight.shape[0], min(data.max_rank, *weight.shape))
+    limit = min(data.max_rank, *weight.shape)
+    pca = IncrementalPca(weight.shape[0], limit)
     for part in torch.split(data.rows, data.settings.part):
         pca.add(part.double() @ weight.T)
     directions, energies = pca.directions, pca.energies()
     a = directions.T @ weight
-    return Decomposition(a.float().contiguous(), directions.float().contiguous(), energies, 0.0)
+    found = Decomposition(a.float().contiguous(), directions.float().contiguous(), energies, 0.0)
+    return completed(found, data.weights, limit)
 
 
 METHOD = Method(

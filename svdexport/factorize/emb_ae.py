@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from svdexport.core.decompose import Decomposition, decompose, eigen_descending
+from svdexport.core.decompose import Decomposition, decompose
 from svdexport.core.lowrank import FactorPair
 from svdexport.factorize.base import GroupData, Method
 from svdexport.recipe.settings import EmbAe, Settings
@@ -26,20 +26,22 @@ def keep(data: GroupData) -> dict[str, Tensor]:
 def finish(start: FactorPair, kept: Mapping[str, Tensor], settings: Settings) -> FactorPair:
     """B = U, A = U^T E^T with U the k-dimensional subspace that maximises the summed cosines.
 
-    The cosine of a row e with its image U U^T e is ||U^T e|| / ||e||. Its sum over rows is raised
-    by eigenproblems of sum_i w_i u_i u_i^T, u = e / ||e||, with w_i = 1 / ||U^T u_i|| of the step
-    before: each step maximises a lower bound that touches the sum where the step began, so the
-    sum never falls. The paper trains the same linear autoencoder by gradient descent, with the
-    distance as a second term; the norms here are those of the projection.
+    The cosine of a row e with its image U U^T e is f_e(U) = ||U^T e|| / ||e||, which is convex in
+    U. So the sum lies above its linearisation, tr(U^T M U_0) with M = sum_i w_i u_i u_i^T,
+    u = e / ||e|| and w_i = 1 / ||U_0^T u_i||, and is equal to it at U_0; the orthonormal U that
+    maximises it spans M U_0. Hence no step lowers the sum. (The leading eigenvectors of M, where
+    such steps with w held end, may: rows that U_0 leaves out weigh most.) The paper trains the same
+    linear autoencoder by gradient descent, with the distance as a second term; the norms here are
+    those of the projection.
     """
     assert isinstance(settings, EmbAe)
     weight = kept["weight"].double()
-    lengths = weight.norm(dim=0).clamp_min(1e-12)
-    directions = weight / lengths
-    basis = start.b.double()
+    directions = weight / weight.norm(dim=0).clamp_min(1e-12)
+    basis = torch.linalg.qr(start.b.double())[0]  # its columns may have been scaled
     for _ in range(settings.iterations):
-        cosines = (basis.T @ directions).norm(dim=0).clamp_min(1e-6)
-        basis = eigen_descending((directions / cosines) @ directions.T)[1][:, : start.rank]
+        images = basis.T @ directions
+        cosines = images.norm(dim=0).clamp_min(1e-6)
+        basis = torch.linalg.qr(directions @ (images / cosines).T)[0]
     a = basis.T @ weight
     return FactorPair(a.float().contiguous(), basis.float().contiguous())
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from svdexport.errors import RecipeError
 from svdexport.models.blocks import discover
 from svdexport.models.modules import LowRankLinear, replace_linears
-from svdexport.pipeline import compress
-from svdexport.pipeline.factors import factorize_blocks
+from svdexport.pipeline import compress, speed_budget
+from svdexport.pipeline.factors import chosen_groups, factorize_blocks
 from svdexport.pipeline.reporter import Reporter
+from svdexport.pipeline.trials import measured
 from svdexport.recipe import validate
 from svdexport.report.result import PlanRow
 
@@ -48,7 +49,11 @@ def compress_in_memory(
     with tempfile.TemporaryDirectory(prefix="svdexport-") as scratch:
         folder = Path(scratch) / "factors"
         factorize_blocks(recipe, structure, model, tokens.long(), folder, reporter)
-        plan = compress.allocate_ranks(recipe, structure, folder)
+        more = measured(recipe, structure, folder, model, tokens.long(), reporter.progress)
+        budget, speed = recipe.compress.budget, None
+        if budget is not None and budget.speedup is not None:
+            speed = speed_budget.measure(chosen_groups(recipe, structure), structure)
+        plan = compress.allocate_ranks(recipe, structure, folder, more, speed)
         low_rank = compress.low_rank_of(plan, structure)
         biases = {name: model.get_submodule(name).bias for name in low_rank}
         replace_linears(model, low_rank)

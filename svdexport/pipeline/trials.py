@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from svdexport.allocate import STRATEGIES
-from svdexport.core.lowrank import FactorPair, break_even_rank, round_rank
+from svdexport.core.lowrank import FactorPair, round_rank
 from svdexport.models.blocks import InputGroup, Structure
 from svdexport.models.calibrate import Progress
 from svdexport.models.sensitivity import Trials, perplexities
 from svdexport.models.truncation import learn_positions
+from svdexport.pipeline.compress import candidate
 from svdexport.pipeline.factor_files import factors_file, pair_at
 from svdexport.pipeline.factors import chosen_groups
 from svdexport.recipe import Recipe
@@ -81,10 +82,7 @@ def _sensitivity(
 def _pairs(
     recipe: Recipe, group: InputGroup, tensors: dict[str, Tensor], ratios: Sequence[float]
 ) -> list[FactorPair]:
-    rows = sum(member.out_features for member in group.members)
-    columns = group.members[0].in_features
-    limit = max(1, break_even_rank(rows, columns))
-    ranks = [
-        min(limit, round_rank(ratio * rows * columns / (rows + columns), 1)) for ratio in ratios
-    ]
+    item = candidate(group, recipe.remapped)
+    limit = max([1, *item.ranks(1)])
+    ranks = [min(limit, round_rank(r * item.dense_params / item.rank_params, 1)) for r in ratios]
     return [pair_at(recipe.compress, tensors, group.leader, rank) for rank in ranks]

@@ -65,7 +65,7 @@ class BasisSharing(Settings):
 
 
 class EmbAe(Settings):
-    """Low-rank embedding: eigenproblems that raise the summed cosines."""
+    """Low-rank embedding: steps that raise the summed cosines, beginning at the plain SVD."""
 
     iterations: int = Field(default=10, ge=0, le=1000)
 

@@ -64,3 +64,24 @@ def test_a_model_in_memory_becomes_its_checkpoint(tmp_path: Path) -> None:
         api.compress_model(fresh, tokens.float())
     with pytest.raises(RecipeError, match="did you mean"):
         api.compress_model(fresh, tokens, allocat="greedy")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"allocate": "asvd", "allocation": {"ratios": [0.3, 0.6], "length": 16}},
+        {"allocate": "dobi_svd", "allocation": {"iterations": 1, "length": 24}},
+    ],
+)
+def test_in_memory_what_is_measured_on_the_model_is_measured(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    make_model(tmp_path / "model", "Llama", hidden_size=64, intermediate_size=96)
+    tokens = torch.randint(0, 384, (2, 24), generator=torch.Generator().manual_seed(1))
+    model = load_model(tmp_path / "model")
+    rows = api.compress_model(
+        model, tokens, param_ratio=0.6, method="svd", rank_multiple=4, **settings
+    )
+    kept = sum(row.params for row in rows) / sum(row.params_dense for row in rows)
+    assert kept <= 0.6
+    assert torch.isfinite(model(tokens).logits).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from svdexport import api
 from svdexport.checkpoint import Checkpoint
+from svdexport.core.lowrank import FactorPair
 from svdexport.errors import InputError, RecipeError
 from svdexport.factorize import METHODS, GroupData
 from svdexport.models.loader import load_model
@@ -53,6 +55,37 @@ def test_directions_are_kept_better_than_by_the_svd_and_near_the_best_found_by_d
         loss.backward()
         optimizer.step()
     assert sums[-1] > -float(loss.detach()) * 0.999
+
+
+@pytest.mark.parametrize("iterations", [0, 3])
+@pytest.mark.parametrize("tokens", [90, 9])
+def test_scales_of_the_start_do_not_matter(iterations: int, tokens: int) -> None:
+    table = torch.randn(tokens, 12, generator=torch.Generator().manual_seed(0))
+    u, _, _ = torch.linalg.svd(table.T)
+    settings, finish = EmbAe(iterations=iterations), METHODS["emb_ae"].finish
+    assert finish is not None
+    scaled = FactorPair(torch.zeros(4, tokens), u[:, :4] * torch.logspace(-2, 2, 4))
+    found = finish(scaled, {"weight": table.T}, settings).dense().T
+    assert torch.allclose(found, solved(table, 4, iterations), atol=1e-4)
+    if iterations == 0:  # the projection on the SVD's directions
+        assert torch.allclose(found, table @ u[:, :4] @ u[:, :4].T, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_step_lowers_the_summed_cosines(seed: int) -> None:
+    """Few dimensions of many: the rows that are left out would weigh most in an eigenproblem."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(200, 32, generator=generator) @ torch.diag(torch.logspace(0, -1, 32))
+    sums = [cosines(table, solved(table, 2, steps)) for steps in range(8)]
+    assert all(after >= before - 1e-3 for before, after in itertools.pairwise(sums))
+    assert sums[-1] > 1.005 * sums[0]
+    # the maximum of a function that lies below the sum and meets it at the start: by the SVD
+    start = torch.linalg.svd(table.double().T)[0][:, :2]
+    units = table.double() / table.double().norm(dim=1, keepdim=True)
+    slope = sum(torch.outer(u, u @ start) / (u @ start).norm() for u in units)
+    left, _, right = torch.linalg.svd(slope, full_matrices=False)
+    basis = left @ right
+    assert torch.allclose(solved(table, 2, 1).double(), table.double() @ basis @ basis.T, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True])

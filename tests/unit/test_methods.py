@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from svdexport.core.decompose import fit_of_optimum
 from svdexport.core.lowrank import FactorPair
 from svdexport.core.pca import IncrementalPca
 from svdexport.factorize import METHODS, GroupData
@@ -66,11 +68,86 @@ def test_every_method_can_be_named_in_a_recipe() -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_full_rank_gives_the_weight_back(shape: tuple[int, int], method: str) -> None:
     given = data(shape, method)
-    if "gradients" in METHODS[method].needs:
-        moments = tuple(moment(w.shape[0], 100, 5) for w in given.weights)
-        given = GroupData(given.weights, given.inputs, moments, given.max_rank, given.damping)
+    moments = tuple(moment(w.shape[0], 100, 5) for w in given.weights)
+    given = dataclasses.replace(given, gradients=moments)
     weight = torch.cat(given.weights)
     assert close(product(method, given, min(shape)), weight, 1e-3)
+
+
+def root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag(values.sqrt()) @ vectors.T
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_svd_lorc_and_svd_llm_are_truncations(shape: tuple[int, int], rank: int) -> None:
+    given = data(shape, "svd")
+    weight = torch.cat(given.weights)
+    for method in ("svd", "lorc"):
+        assert close(product(method, given, rank), truncated(weight, rank))
+    assert given.inputs is not None
+    s = torch.linalg.cholesky(given.inputs)
+    expected = truncated(weight @ s, rank) @ torch.linalg.inv(s)
+    assert close(product("svd_llm", given, rank), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_kfac_svd_is_the_svd_between_both_roots(shape: tuple[int, int], rank: int) -> None:
+    given = data(shape, "kfac_svd")
+    moments = [moment(w.shape[0], 100, 5 + i) for i, w in enumerate(given.weights)]
+    given = dataclasses.replace(given, gradients=tuple(moments), damping=0.3)
+    damped = [g + 0.3 * g.trace() / len(g) * torch.eye(len(g)).double() for g in moments]
+    left = torch.linalg.cholesky(torch.block_diag(*damped)).T
+    assert given.inputs is not None
+    right = root(given.inputs)
+    weighted = left @ torch.cat(given.weights) @ right
+    expected = torch.linalg.inv(left) @ truncated(weighted, rank) @ torch.linalg.inv(right)
+    assert close(product("kfac_svd", given, rank), expected)
+    found = METHODS["kfac_svd"].factorize(given).energies[rank:].sum()
+    dropped = torch.linalg.svdvals(weighted)[rank:].square().sum()
+    assert torch.isclose(found, dropped, atol=1e-5 * float(weighted.square().sum()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_rank_asked_for_is_there_whatever_the_text_was(
+    shape: tuple[int, int], method: str
+) -> None:
+    """Three tokens, half of the channels silent: fewer directions than the ranks in question."""
+    given = data(shape, method)
+    rows = torch.randn(3, shape[1], generator=generator(8), dtype=torch.float64)
+    rows[:, ::2] = 0.0
+    signal = rows.abs().mean(dim=0)
+    given = dataclasses.replace(
+        given,
+        inputs=rows.T @ rows,
+        gradients=tuple(moment(w.shape[0], 2, 5) for w in given.weights),
+        mean_abs=signal,
+        fisher=tuple(f * signal for f in given.fisher or ()),
+        rows=rows,
+    )
+    found = METHODS[method].factorize(given)
+    assert (found.a.shape, found.b.shape) == ((16, shape[1]), (shape[0], 16))
+    assert torch.isfinite(found.a).all() and torch.isfinite(found.b).all()
+    outputs = torch.cat(given.weights) @ rows.T
+    left = outputs - found.pair(16).dense().double() @ rows.T
+    assert float(left.norm()) < 1e-3 * float(outputs.norm())
+    if method in ("svd_llm_v2", "dobi_svd"):  # which see three directions; W's SVD follows
+        weight = torch.cat(given.weights)
+        seen, all_of_it = (found.pair(k).dense().double() for k in (3, 16))
+        left = truncated(weight - seen, 13)
+        assert close(all_of_it, seen + left)
+        assert float((outputs - seen @ rows.T).norm()) < 1e-4
+        assert float(found.energies[3:].sum()) < 1e-9 * float(found.energies.sum())
+
+
+def test_fitting_needs_the_energies_of_every_rank() -> None:
+    given = data((24, 16), "svd_llm_v2")
+    x = torch.randn(3, 16, generator=generator(8), dtype=torch.float64)
+    found = METHODS["svd_llm_v2"].factorize(dataclasses.replace(given, inputs=x.T @ x))
+    assert fit_of_optimum(found).errors.shape == (16,)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

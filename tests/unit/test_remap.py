@@ -17,7 +17,9 @@ from svdexport.allocate.base import Candidate
 from svdexport.checkpoint import SLOTS, Checkpoint
 from svdexport.core.remap import SCALE_SLOTS, rank_in, remap, restore, slots_per_rank
 from svdexport.errors import InputError, RecipeError
+from svdexport.models.blocks import InputGroup, Linear
 from svdexport.pipeline.reporter import Reporter
+from svdexport.pipeline.trials import _pairs
 from svdexport.recipe import load_recipe
 from tests.unit.gguf_models import make_model
 
@@ -136,6 +138,20 @@ def test_a_remapped_checkpoint_is_what_transformers_loads(tmp_path: Path) -> Non
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="does not fit"):
         Checkpoint.open(folder)
+
+
+def test_a_tried_share_is_one_of_its_own_bytes(tmp_path: Path) -> None:
+    """ASVD's trial of half of a 64 x 64 matrix is rank 32, where ordinary pairs' is 16."""
+    (tmp_path / "model").mkdir()
+    group = InputGroup(0, (Linear("x", 64, 64, False),))
+    tensors = {"x.a": torch.ones(64, 64), "x.b": torch.ones(64, 64)}
+    ranks = {}
+    for layout in ("remapped", "factors"):
+        path = tmp_path / "r.yaml"
+        path.write_text(RECIPE.replace("remapped", layout))
+        pairs = _pairs(load_recipe(path), group, tensors, (0.25, 0.5, 0.999))
+        ranks[layout] = [pair.rank for pair in pairs]
+    assert ranks == {"remapped": [16, 32, 63], "factors": [8, 16, 31]}
 
 
 def test_other_exports_need_their_own_recipe(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from svdexport import api
 from svdexport.allocate import Allocation, Candidate, uniform
 from svdexport.core.product_time import ProductTime, time_products
 from svdexport.errors import RecipeError
+from svdexport.models.loader import load_model
 from svdexport.pipeline.speed_budget import SpeedModel, choose
 from svdexport.recipe import load_recipe
 from tests.unit.gguf_models import WORDS, make_model
@@ -97,3 +99,12 @@ def test_a_run_and_a_plan_take_it(tmp_path: Path) -> None:
     folder = api.compress(path, tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"]["low_rank"]
+    rows = api.compress_model(
+        load_model(tmp_path / "model"),
+        torch.zeros((1, 16), dtype=torch.int64),
+        method="svd",
+        allocate="uniform",
+        rank_multiple=8,
+        budget={"speedup": 1.3},
+    )
+    assert 0.1 < sum(r.params for r in rows) / sum(r.params_dense for r in rows) < 0.95
