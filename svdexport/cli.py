@@ -21,13 +21,17 @@ from svdexport.cli_options import (
     RecipeArg,
     SetOpt,
     ThreadsOpt,
+    command,
     out_console,
     print_json,
     reporter_of,
+    show,
+    show_failure,
 )
 from svdexport.errors import EXIT_BUG, RecipeError, SvdexportError
 from svdexport.safety.network import no_network
 
+RESUMABLE = ("run", "compress", "export", "frontier")  # commands that keep finished stages
 EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
 
 app = typer.Typer(
@@ -39,7 +43,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@command(app)
 def run(
     recipe: RecipeArg,
     out: OutOpt = None,
@@ -61,23 +65,26 @@ def run(
 
     if offline:
         no_network(force=True)
-    command = shlex.join(["svdexport", *sys.argv[1:]])
+    typed = shlex.join(["svdexport", *sys.argv[1:]])
     outcome = api.run(
-        recipe, out, set_ or [], restart=restart, reporter=reporter_of(quiet), command=command
+        recipe, out, set_ or [], restart=restart, reporter=reporter_of(quiet), command=typed
     )
     if as_json:
         place = str(outcome.out) if outcome.out else None
         print_json({"out": place} | to_dict(outcome.result))
     else:
-        out_console.print(summary(outcome.result))
+        show(summary(outcome.result), quiet)
         if outcome.out:
-            out_console.print(f"written: {outcome.out} (open report.html there)")
+            show(f"written: {outcome.out} (open report.html there)", quiet)
         else:
-            out_console.print("nothing was written under the output's name")
-    raise typer.Exit(outcome.result.verdict.exit_code)
+            show("nothing was written under the output's name", quiet)
+    verdict = outcome.result.verdict
+    if verdict.exit_code:
+        show_failure(verdict.word, verdict.reasons, quiet)
+    raise typer.Exit(verdict.exit_code)
 
 
-@app.command()
+@command(app)
 def frontier(
     recipe: RecipeArg,
     budget: Annotated[list[str], typer.Option("--budget", help="Bytes of a file; repeatable.")],
@@ -85,7 +92,10 @@ def frontier(
         list[str] | None, typer.Option("--plain", help="llama.cpp's mixes to show beside ours.")
     ] = None,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Measure quality alone.")] = False,
-    out: OutOpt = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", help="Output folder; default: out/, the recipe's name, -frontier."),
+    ] = None,
     set_: SetOpt = None,
     quiet: QuietOpt = False,
 ) -> None:
@@ -104,11 +114,11 @@ def frontier(
     folder = api.frontier(
         recipe, sizes, out, set_ or [], plain=mixes, speed=not no_speed, reporter=reporter_of(quiet)
     )
-    out_console.print((folder / "frontier.md").read_text(encoding="utf-8"))
-    out_console.print(f"written: {folder}", soft_wrap=True)
+    show((folder / "frontier.md").read_text(encoding="utf-8"), quiet)
+    show(f"written: {folder}", quiet)
 
 
-@app.command()
+@command(app)
 def plan(recipe: RecipeArg, set_: SetOpt = None, as_json: JsonOpt = False) -> None:
     """Show what a recipe would do, from the model's headers alone: ranks, parameters, memory.
 
@@ -121,14 +131,19 @@ def plan(recipe: RecipeArg, set_: SetOpt = None, as_json: JsonOpt = False) -> No
     if as_json:
         print_json(found)
     else:
-        out_console.print(plan_table(found))
+        show(plan_table(found))
 
 
-@app.command()
+@command(app)
 def init(
     model: Annotated[Path, typer.Argument(help="A Hugging Face folder or a GGUF file.")],
     target: Annotated[
-        str, typer.Option("--for", help="laptop, phone, browser or server.")
+        str,
+        typer.Option(
+            "--for",
+            help="laptop, phone, browser or server.",
+            autocompletion=lambda: ["laptop", "phone", "browser", "server"],
+        ),
     ] = "laptop",
     out: Annotated[
         Optional[Path],  # noqa: UP045
@@ -146,10 +161,10 @@ def init(
     if as_json:
         print_json({"recipe": str(written)})
     else:
-        out_console.print(f"{written}: look at it, then `svdexport plan {written}`", soft_wrap=True)
+        show(f"{written}: look at it, then `svdexport plan {written}`")
 
 
-@app.command()
+@command(app)
 def compress(
     recipe: RecipeArg,
     out: OutOpt = None,
@@ -170,10 +185,10 @@ def compress(
     if as_json:
         print_json({"checkpoint": str(checkpoint)})
     else:
-        out_console.print(str(checkpoint), soft_wrap=True)
+        show(str(checkpoint), quiet)
 
 
-@app.command()
+@command(app)
 def export(
     recipe: RecipeArg,
     out: OutOpt = None,
@@ -194,10 +209,10 @@ def export(
     if as_json:
         print_json({"artifacts": paths})
     else:
-        out_console.print("\n".join(paths), soft_wrap=True)
+        show("\n".join(paths), quiet)
 
 
-@app.command()
+@command(app)
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder that `svdexport run` published.")],
     quality: Annotated[
@@ -220,6 +235,7 @@ def verify(
     """Check a published folder: hashes of files and tensors, then parity in each runtime.
 
     Exit 3 names the file and the tensor that changed; 4, 5 and 7 are those of `run`.
+
     Example: svdexport verify out/quickstart --speed --model models/SmolLM2-135M-Instruct
     """
     from svdexport import api
@@ -240,11 +256,14 @@ def verify(
     if as_json:
         print_json(shown)
     else:
-        out_console.print(verify_table(shown))
-    raise typer.Exit(0 if found is None else found.verdict.exit_code)
+        show(verify_table(shown), quiet)
+    if found is None or not found.verdict.exit_code:
+        return
+    show_failure(found.verdict.word, found.verdict.reasons, quiet)
+    raise typer.Exit(found.verdict.exit_code)
 
 
-@app.command()
+@command(app)
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `svdexport run` published.")],
     as_json: JsonOpt = False,
@@ -259,7 +278,7 @@ def report(
     if as_json:
         print_json({"folder": str(folder), "verdict": result.verdict.word})
     else:
-        out_console.print(f"{folder}: README.md, report.html and summary.md written")
+        show(f"{folder}: README.md, report.html and summary.md written")
 
 
 cli_measure.register(app)
@@ -273,6 +292,14 @@ def _root(
     if version:
         out_console.print(f"svdexport {__version__}")
         raise typer.Exit
+
+
+def _how_to_go_on() -> str:
+    """What an ended command's line ends with: the stages that it had done are kept."""
+    if len(sys.argv) < 2 or sys.argv[1] not in RESUMABLE:
+        return ""
+    without = " without --restart" if "--restart" in sys.argv else ""
+    return f"; the same command{without} resumes"
 
 
 def main() -> None:
@@ -294,10 +321,10 @@ def main() -> None:
                 sys.stderr.flush()
                 os._exit(0)
             raise
-        print("svdexport: stopped; the same command resumes", file=sys.stderr)
+        print(f"svdexport: stopped{_how_to_go_on()}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except MemoryError:
-        print("svdexport: out of memory; the same command resumes", file=sys.stderr)
+        print(f"svdexport: out of memory{_how_to_go_on()}", file=sys.stderr)
         sys.exit(6)
     except Exception:
         logging.getLogger(__name__).exception("a bug in svdexport; please report it")

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from svdexport.cli_options import JsonOpt, out_console, print_json
+from svdexport.cli_options import JsonOpt, command, out_console, print_json
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the command line."""
-    for command in (methods, doctor, schema):
-        app.command()(command)
+    for function in (methods, doctor, schema):
+        command(app)(function)
 
 
 def methods(as_json: JsonOpt = False) -> None:

@@ -10,23 +10,24 @@ import typer
 
 from svdexport.cli_options import (
     JsonOpt,
-    OutOpt,
     QuietOpt,
     RecipeArg,
     RuntimeOpt,
     SetOpt,
     ThreadsOpt,
-    out_console,
+    command,
     print_json,
     reporter_of,
+    show,
+    show_failure,
 )
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the command line."""
-    app.command("eval")(eval_)
-    for command in (bench, compare, inspect):
-        app.command()(command)
+    command(app, "eval")(eval_)
+    for function in (bench, compare, inspect):
+        command(app)(function)
 
 
 def eval_(
@@ -66,7 +67,7 @@ def eval_(
     if as_json:
         print_json(found)
     else:
-        out_console.print(eval_table(found))
+        show(eval_table(found), quiet)
 
 
 def bench(
@@ -89,6 +90,7 @@ def bench(
     """Time artifacts side by side in turn: prefill and decode tokens/s, ratio with interval.
 
     Exit 5 where one is slower than the baseline, 7 where the machine was too noisy to say.
+
     Example: svdexport bench compressed.gguf --baseline dense.gguf
     """
     from svdexport import api
@@ -108,14 +110,19 @@ def bench(
     if as_json:
         print_json(found)
     else:
-        out_console.print(bench_table(found))
+        show(bench_table(found), quiet)
+    if found["verdict"] != "ok":
+        show_failure(found["verdict"], found["notes"], quiet)
     codes = {"ok": EXIT_OK, "slower": EXIT_SPEED, "inconclusive": EXIT_NOISY}
     raise typer.Exit(codes[found["verdict"]])
 
 
 def compare(
     recipe: RecipeArg,
-    out: OutOpt = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", help="Output folder; default: out/compare- and the recipe's name."),
+    ] = None,
     set_: SetOpt = None,
     ratio: Annotated[
         Optional[list[float]],  # noqa: UP045
@@ -146,7 +153,7 @@ def compare(
     if as_json:
         print_json(dataclasses.asdict(found))
     else:
-        out_console.print(table(found), soft_wrap=True)
+        show(table(found), quiet)
 
 
 def inspect(
@@ -164,4 +171,4 @@ def inspect(
     if as_json:
         print_json(found)
     else:
-        out_console.print(inspect_table(found))
+        show(inspect_table(found))

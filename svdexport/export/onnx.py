@@ -17,6 +17,7 @@ from svdexport.core.grids_onnx import NBitsGrid
 from svdexport.errors import ArtifactError, MissingExtraError
 from svdexport.export.base import Exported, ExportRequest, TensorRecord
 from svdexport.export.onnx_last import differences, last_position_graph
+from svdexport.export.onnx_plan import BuildPlan
 from svdexport.packed import PackedFolder
 from svdexport.recipe import OnnxExport
 from svdexport.runtimes.onnx_graph import ROWS_KEY
@@ -57,7 +58,8 @@ def export(request: ExportRequest) -> Exported:
     InputError where neither can.
     """
     try:
-        from svdexport.export.onnx_emit import BuildPlan
+        import onnx_ir  # noqa: F401 (with it the others are there)
+
         from svdexport.export.onnx_files import write_side_files
         from svdexport.export.onnx_mobile import write_mobile
     except ImportError as error:
@@ -66,15 +68,11 @@ def export(request: ExportRequest) -> Exported:
     if not isinstance(spec, OnnxExport):
         raise TypeError(f"an ONNX export needs an OnnxExport, not {type(spec).__name__}")
     request.out.mkdir(parents=True, exist_ok=True)
-    plan = BuildPlan(
+    plan = build_plan(
+        spec,
         without_expert_pairs(request.checkpoint),
         request.source,
-        linear_grid(spec),
-        _grid(_HEAD_BITS[spec.precision], spec.block_size),
-        half=spec.precision == "fp16",
-        standard=spec.operators == "standard",
-        packed=PackedFolder.open(request.packed),
-        latent=spec.kv_cache == "latent",
+        PackedFolder.open(request.packed),
     )
     every, genai, emission, records, reason = _build(plan, request.out)
     files = {MODEL_FILE: every}
@@ -94,6 +92,22 @@ def export(request: ExportRequest) -> Exported:
     return Exported(request.out, "onnx", spec.precision, size, records, notes)
 
 
+def build_plan(
+    spec: OnnxExport, checkpoint: Checkpoint, source: Path, packed: PackedFolder | None = None
+) -> BuildPlan:
+    """What an export asks of the emitter."""
+    return BuildPlan(
+        checkpoint,
+        source,
+        linear_grid(spec),
+        _grid(_HEAD_BITS[spec.precision], spec.block_size),
+        half=spec.precision == "fp16",
+        standard=spec.operators == "standard",
+        packed=packed,
+        latent=spec.kv_cache == "latent",
+    )
+
+
 def without_expert_pairs(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint as the graph sees it: experts are one stack of dense matrices."""
     pairs = {name: p for name, p in checkpoint.low_rank.items() if not experts_apart([name])}
@@ -107,18 +121,13 @@ def _build(
 
     Encoders have no genai_config.json.
     """
-    import onnx_ir as ir
-
     from svdexport.export.onnx_builder import build, load_config, why_not
     from svdexport.export.onnx_encoder import build_encoder
     from svdexport.export.onnx_general import build_general, genai_settings
     from svdexport.export.onnx_pack import DataWriter
 
     config = load_config(plan.source)
-    reason = why_not(config)
-    for asked, what in ((plan.latent, "a latent cache"), (plan.standard, "standard operators")):
-        if asked:
-            reason = f"{what} was asked for"
+    reason = why_not(config, latent=plan.latent, standard=plan.standard)
     genai: dict[str, Any] | None = None
     with DataWriter(out, DATA_FILE) as data:
         if is_encoder(plan.checkpoint.config):
@@ -129,10 +138,17 @@ def _build(
             model, emission = build_general(plan, data, config)
             if not emission.latent_layers:  # else keys and values differ in shape
                 genai = genai_settings(config, LAST_FILE)
+    return described(model, emission), genai, emission, data.records, reason
+
+
+def described(model: Any, emission: Any) -> Any:
+    """The ModelProto of a graph, with metadata that say which tensors its initialisers hold."""
+    import onnx_ir as ir
+
     rows = {name: [list(row) for row in rows] for name, rows in sorted(emission.rows.items())}
     model.metadata_props[ROWS_KEY] = json.dumps(rows, separators=(",", ":"))
     model.metadata_props[TRANSPOSED_KEY] = json.dumps(sorted(emission.transposed))
-    return ir.to_proto(model), genai, emission, data.records, reason
+    return ir.to_proto(model)
 
 
 def linear_grid(spec: OnnxExport) -> NBitsGrid | None:

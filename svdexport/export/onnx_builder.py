@@ -18,8 +18,9 @@ import torch
 
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import InputError, MissingExtraError
-from svdexport.export.onnx_emit import BuildPlan, Emission, PairEmitter
+from svdexport.export.onnx_emit import PairEmitter
 from svdexport.export.onnx_pack import DataWriter
+from svdexport.export.onnx_plan import BuildPlan, Emission
 
 FAMILIES = {
     "LlamaForCausalLM": "LlamaModel",
@@ -47,8 +48,12 @@ def load_config(source: Path) -> Any:
     return config
 
 
-def why_not(config: Any) -> str | None:
-    """Why the builder's graph would not be exact for a model; None where it is."""
+def why_not(config: Any, *, latent: bool = False, standard: bool = False) -> str | None:
+    """Why the builder's graph would not be exact for a model or not what was asked for; or None."""
+    if standard:
+        return "standard operators was asked for"
+    if latent:
+        return "a latent cache was asked for"
     names = getattr(config, "architectures", None) or ["a model of no named architecture"]
     if names[0] not in FAMILIES:
         return f"the onnxruntime-genai builder's graph for {names[0]} was not shown to be exact"
@@ -87,21 +92,34 @@ def shell(config: Any, checkpoint: Checkpoint) -> torch.nn.Module:
 def build(
     plan: BuildPlan, data: DataWriter, config: Any, out: Path
 ) -> tuple[ir.Model, dict[str, Any], Emission]:
-    """Emit the graph; returns it, the contents of genai_config.json and what was emitted.
-
-    The builder prints every layer as it goes; progress is ours to show, so that is dropped.
-    """
-    model = shell(config, plan.checkpoint)
+    """Emit the graph; returns it, the contents of genai_config.json and what was emitted."""
+    maker = emitted(plan, data, config, out)
     with contextlib.redirect_stdout(io.StringIO()):
-        maker = _builder_class(config.architectures[0])(config, model, plan, data, out)
-        maker.make_model(str(plan.source))
         maker.make_genai_config(config, {}, str(out))
-    _name_cache_width(maker.model.graph, int(maker.head_size))
-    maker.model.graph.sort()
-    maker.stamp_build_metadata(maker.model)
     settings = json.loads((out / "genai_config.json").read_text(encoding="utf-8"))
     emission: Emission = maker.emission
     return maker.model, settings, emission
+
+
+def emitted(
+    plan: BuildPlan,
+    data: DataWriter,
+    config: Any,
+    out: Path,
+    emitter: type[PairEmitter] = PairEmitter,
+) -> Any:
+    """The builder, done with the graph.
+
+    It prints every layer as it goes; progress is ours to show, so that is dropped.
+    """
+    model = shell(config, plan.checkpoint)
+    with contextlib.redirect_stdout(io.StringIO()):
+        maker = _builder_class(config.architectures[0], emitter)(config, model, plan, data, out)
+        maker.make_model(str(plan.source))
+    _name_cache_width(maker.model.graph, int(maker.head_size))
+    maker.model.graph.sort()
+    maker.stamp_build_metadata(maker.model)
+    return maker
 
 
 def _name_cache_width(graph: ir.Graph, width: int) -> None:
@@ -111,10 +129,10 @@ def _name_cache_width(graph: ir.Graph, width: int) -> None:
             value.shape = ir.Shape([*value.shape.dims[:3], width])
 
 
-def _builder_class(architecture: str) -> Callable[..., Any]:
+def _builder_class(architecture: str, emitter: type[PairEmitter]) -> Callable[..., Any]:
     try:
         import onnxruntime_genai.models.builder as families
     except ImportError as error:
         raise MissingExtraError("onnx", f"ONNX export ({error})") from None
     base = getattr(families, FAMILIES[architecture])
-    return type(f"Svdexport{base.__name__}", (PairEmitter, base), {})
+    return type(f"Svdexport{base.__name__}", (emitter, base), {})

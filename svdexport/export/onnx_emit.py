@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,66 +10,16 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from svdexport.checkpoint import Checkpoint
 from svdexport.core.grids_onnx import NBitsGrid
 from svdexport.errors import InputError
 from svdexport.export.onnx_pack import DataWriter, packed_initializers, quantized, to_half
-from svdexport.packed import PackedFolder
+from svdexport.export.onnx_plan import BuildPlan, Emission, Row
 
 ACCURACY_LEVEL = 4
 """MatMulNBits multiplies in int8; level 0 is 3 to 28 times slower than fp32 at 8 and 2 bits."""
 
 HEAD = "/lm_head/MatMul"
 """The builder's name for the LM head's node."""
-
-Row = tuple[str, int]
-"""A tensor of the checkpoint and how many output rows of an initialiser it owns, in order."""
-
-
-@dataclass(frozen=True)
-class BuildPlan:
-    """What the emitter needs to know.
-
-    Attributes:
-        checkpoint: weights.
-        source: Hugging Face folder of the original model: config and tokenizer.
-        grid: grid of the linears; None for float32.
-        head_grid: grid of the LM head; None for float32.
-        half: everything in float16, logits and cache too, for WebGPU; the grids are then None.
-        standard: ONNX's own operators alone.
-        packed: weights that were quantised before.
-        latent: cache A x where v is a pair of small rank.
-    """
-
-    checkpoint: Checkpoint
-    source: Path
-    grid: NBitsGrid | None
-    head_grid: NBitsGrid | None
-    half: bool = False
-    standard: bool = False
-    packed: PackedFolder | None = None
-    latent: bool = False
-
-
-@dataclass
-class Emission:
-    """What a build wrote besides the graph.
-
-    Attributes:
-        rows: initialiser that holds linears -> the checkpoint's tensors it is made of, in order.
-        grids: weight initialiser -> its grid, where it is quantised.
-        transposed: dense tensors that the checkpoint stores as (inputs, outputs).
-        shared_embedding: the LM head's weight also serves the embedding.
-        latent_layers: layer -> rank, where the cache holds A x in place of the values.
-        cache_bytes: of a token in the cache, with the values as the model has them and as written.
-    """
-
-    rows: dict[str, list[Row]] = field(default_factory=dict)
-    transposed: list[str] = field(default_factory=list)
-    grids: dict[str, NBitsGrid] = field(default_factory=dict)
-    shared_embedding: bool = False
-    latent_layers: dict[int, int] = field(default_factory=dict)
-    cache_bytes: tuple[int, int] = (0, 0)
 
 
 class PairEmitter:
@@ -133,6 +82,29 @@ class PairEmitter:
         value.const_value = external
         self.model.graph.register_initializer(value)
 
+    # What is made of values; sizes alone need none of it (onnx_size.py)
+
+    def stacked(self, tensors: Sequence[str]) -> tuple[np.ndarray, list[Row]]:
+        """The stacked tensors of one product in float32, and which rows each of them owns."""
+        parts = [self.plan.checkpoint.tensor(name).float().numpy() for name in tensors]
+        rows = list(zip(tensors, (part.shape[0] for part in parts), strict=True))
+        return (np.concatenate(parts) if len(parts) > 1 else parts[0]), rows
+
+    def packed(
+        self, weight: np.ndarray, grid: NBitsGrid, tensors: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """The initialisers of a quantised product, by their suffix."""
+        return packed_initializers(quantized(weight, grid, tensors, self.plan.packed), grid)
+
+    def halved(self, array: np.ndarray, name: str) -> np.ndarray:
+        """In float16. Raises InputError where a value is too large for it."""
+        return to_half(array, name)
+
+    def halved_exactly(self, array: np.ndarray) -> np.ndarray | None:
+        """In float16 where that loses nothing, else None."""
+        half = array.astype(np.float16)
+        return half if bool((half.astype(np.float32) == array).all()) else None
+
     # Linears
 
     def make_attention_input_proj(
@@ -188,9 +160,7 @@ class PairEmitter:
 
     def _product(self, tensors: Sequence[str], node: str, root_input: str, **kwargs: Any) -> str:
         """A MatMul or MatMulNBits of the stacked tensors (rows are outputs)."""
-        parts = [self.plan.checkpoint.tensor(name).float().numpy() for name in tensors]
-        weight = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        rows = list(zip(tensors, (part.shape[0] for part in parts), strict=True))
+        weight, rows = self.stacked(tensors)
         head = node == HEAD
         grid = self.plan.head_grid if head else self.plan.grid
         output = "logits" if kwargs.get("logits", False) else f"{node}/output_0"
@@ -201,8 +171,7 @@ class PairEmitter:
             self._tied_head_node(node, root_input, output)
         else:
             name = f"{_dotted(node)}.weight"
-            array = np.ascontiguousarray(weight.T)
-            self.add_array(name, to_half(array, tensors[0]) if self.plan.half else array)
+            self.add_array(name, self.halved(weight.T, name) if self.plan.half else weight.T)
             self.emission.rows[name] = rows
             self.make_node("MatMul", inputs=[root_input, name], outputs=[output], name=node)
         shape = self.make_hidden_state_shape(
@@ -239,8 +208,7 @@ class PairEmitter:
         self, weight: np.ndarray, rows: list[Row], grid: NBitsGrid, node: str
     ) -> list[str]:
         names = []
-        stored = quantized(weight, grid, [tensor for tensor, _ in rows], self.plan.packed)
-        for suffix, array in packed_initializers(stored, grid).items():
+        for suffix, array in self.packed(weight, grid, [tensor for tensor, _ in rows]).items():
             names.append(f"{_dotted(node)}.{suffix}")
             self.add_array(names[-1], array)
         self.emission.rows[names[0]] = rows
@@ -273,10 +241,8 @@ class PairEmitter:
         array = embedding.detach().numpy()
         if self.plan.half:
             return self._half_lookup(array, rows, basename)
-        half = array.astype(np.float16)
-        exact = bool((half.astype(np.float32) == array).all())
-        keep_float = self.emission.shared_embedding or not exact
-        self.add_array(name, array if keep_float else half)
+        half = None if self.emission.shared_embedding else self.halved_exactly(array)
+        self.add_array(name, array if half is None else half)
         self.emission.rows[name] = rows
         gathered = f"{basename}/Gather/output_0"
         self.make_node(
@@ -285,7 +251,7 @@ class PairEmitter:
             outputs=[gathered],
             name=f"{basename}/Gather",
         )
-        if keep_float:
+        if half is None:
             return gathered
         self.make_value(gathered, ir.DataType.FLOAT16, shape=self.make_hidden_state_shape())
         cast = f"{basename}/Widen"
@@ -299,8 +265,8 @@ class PairEmitter:
         vocabulary), and looked up by columns: WebGPU has no FusedMatMul.
         """
         name, tied = rows[0][0], self.emission.shared_embedding
-        array = to_half(array, name)
-        self.add_array(name, np.ascontiguousarray(array.T) if tied else array)
+        array = self.halved(array, name)
+        self.add_array(name, array.T if tied else array)
         self.emission.rows[name] = rows
         gathered = f"{basename}/Gather/output_0"
         self.make_node(

@@ -8,9 +8,9 @@ import onnx_ir as ir
 import torch
 
 from svdexport.errors import InputError
-from svdexport.export.onnx_emit import BuildPlan, Emission
 from svdexport.export.onnx_general import prepared
 from svdexport.export.onnx_pack import DataWriter
+from svdexport.export.onnx_plan import BuildPlan, Emission
 from svdexport.export.onnx_trace import exported, traced_model
 from svdexport.runtimes.sentence import SentenceEncoder, pooling_of
 

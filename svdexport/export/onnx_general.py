@@ -10,9 +10,10 @@ import torch
 
 from svdexport.core.grids_onnx import NBitsTensor
 from svdexport.errors import InputError
-from svdexport.export.onnx_emit import HEAD, BuildPlan, Emission
+from svdexport.export.onnx_emit import HEAD
 from svdexport.export.onnx_forms import ContribForm, Form, StandardForm
 from svdexport.export.onnx_pack import DataWriter, quantized, to_half
+from svdexport.export.onnx_plan import BuildPlan, Emission
 from svdexport.export.onnx_trace import PREFIX, latent_layers, stand_in_of, trace, traced_model
 
 IR_VERSION = 10

@@ -87,21 +87,32 @@ class DataWriter:
     ) -> ir.ExternalTensor:
         if name in self.records:
             raise ValueError(f"initialiser {name} is written twice")
-        align = _PAGE if data.nbytes >= _LARGE_BYTES else _SMALL
-        self._file.write(b"\0" * (-self._file.tell() % align))
-        offset = self._file.tell()
+        offset = aligned(self._file.tell(), data.nbytes)
+        self._file.write(b"\0" * (offset - self._file.tell()))
         view = memoryview(data)  # type: ignore[arg-type]
         self._file.write(view)
         self.records[name] = TensorRecord.of(shape, dtype.name, view)
+        return self.external(name, offset, data.nbytes, dtype, shape)
+
+    def external(
+        self, name: str, offset: int, length: int, dtype: ir.DataType, shape: tuple[int, ...]
+    ) -> ir.ExternalTensor:
+        """What the graph says about a tensor in the data file."""
         return ir.ExternalTensor(
             location=self.name,
             offset=offset,
-            length=data.nbytes,
+            length=length,
             dtype=dtype,
             shape=ir.Shape(shape),
             name=name,
             base_dir=str(self.folder),
         )
+
+
+def aligned(offset: int, nbytes: int) -> int:
+    """Where a tensor of so many bytes starts, at ``offset`` or behind it."""
+    align = _PAGE if nbytes >= _LARGE_BYTES else _SMALL
+    return offset + -offset % align
 
 
 def to_half(array: np.ndarray, name: str) -> np.ndarray:

@@ -97,7 +97,9 @@ def _text(model: Path, target: Target, out: Path, shapes: Shapes) -> str:
 # Written by `svdexport init`. `svdexport plan {out.name}` shows sizes, memory and time;
 # `svdexport run {out.name}` does it all and resumes where it was stopped.
 schema: 1
-model: {{{key}: {place}}}
+model:
+  {key}: {place}
+  # hub_name: owner/name   # on the Hugging Face Hub, for the model card's `base_model`
 calibration:
   source: self         # text that the model writes; `file` with `file: my.txt` for your own
   samples: {samples}          # windows of `length` tokens; at least twice the widest layer's inputs

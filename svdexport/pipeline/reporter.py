@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
+from rich.text import Text
 
 
 class Reporter:
@@ -63,4 +65,8 @@ class Reporter:
             self.console.print(f"  {what}: {done}/{total}, {spent:.0f} s, {left:.0f} s left")
 
     def note(self, text: str) -> None:
-        self.console.print(f"  {text}", markup=False)
+        """A line of its own, under the stage; not broken in a log, where it may be searched for."""
+        if self.console.is_terminal:
+            self.console.print(Padding(Text(text), (0, 0, 0, 2)))
+        else:
+            self.console.print(f"  {text}", markup=False, soft_wrap=True)

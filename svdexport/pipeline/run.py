@@ -244,13 +244,18 @@ def source_model(model: ModelUnderWork) -> SourceModel:
     tensors = check_model_folder(source.folder, source.trust_remote_code).tensors
     params = sum(math.prod(info.shape) for info in tensors.values())
     return SourceModel(
-        name=Path(source.given).resolve().name,
+        name=given_name(source.given),
         architecture=(config.get("architectures") or ["unknown"])[0],
         params=params,
         license=_license(source.folder),
         base_model=hub_name(model.job.recipe, source.given),
         files={path.name: sha256_file(path) for path in given},
     )
+
+
+def given_name(model: Path) -> str:
+    """A model's name as it was given, not a link's target: a cache has names of its own."""
+    return model.name if model.name not in ("", "..") else model.resolve().name
 
 
 def hub_name(recipe: Recipe, given: Path) -> str:

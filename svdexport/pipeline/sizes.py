@@ -1,11 +1,12 @@
 """Bytes of the exports of a plan, from names and shapes alone.
 
 A GGUF's are exact to the byte, metadata and header included, where the model's tokenizer is there:
-llama.cpp's own converter writes the header, and the exporter lays out the tensors. Of an ONNX
-folder the tensors' bytes are exact (every pair, dense linear, embedding, head, norm and bias, in
-the types and blocks that the exporter gives them); its two graphs, the tokenizer's files and the
-padding between tensors come on top. Where the onnxruntime-genai builder does not make a model's
-graph, the tensors too may differ.
+llama.cpp's own converter writes the header, and the exporter lays out the tensors. An ONNX
+folder's are exact where the onnxruntime-genai builder makes the graph: it makes it here too, over
+tensors without values. They are those of both graphs and of their data, padding included; the
+tokenizer's files and config.json lie beside them. Of a graph by torch.onnx the tensors alone are
+counted (every pair, dense linear, embedding, head, norm and bias, in the types and blocks that the
+exporter gives them).
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GGUF_PADDING = 32
 ROUTERS = (".gate.weight", "_gate.weight")  # of mixtures of experts: F32 in a GGUF
 
-EXACT = "exact"
+EXACT = {"gguf": "exact", "onnx": "exact: both graphs and their data; tokenizer beside them"}
+# what the values alone would tell
+EMBEDDING_UNKNOWN = "; embedding in float32, half of that if float16 holds each of its values"
 # what comes on top of the tensors' bytes, by format
 ON_TOP = {
     "gguf": "tensors; metadata and header come on top",
-    "onnx": "tensors; graphs, tokenizer and padding come on top",
+    "onnx": "tensors; graphs and padding come on top",
     "checkpoint": "tensors; headers and tokenizer come on top",
 }
 
@@ -88,9 +91,12 @@ def exports_of(
             entry |= {"weight_bytes": asked, "note": "the budget; types are chosen in the run"}
         elif isinstance(spec, GgufExport):
             entry |= _file(spec, base, groups, chosen, trouble)
-            fixed = recipe.compress.allocate == "uniform" or recipe.compress.method == "none"
-            if entry["note"] == EXACT and not fixed:
-                entry["note"] = "exact for these ranks; the run chooses its own"
+        elif isinstance(spec, OnnxExport):
+            entry |= _folder(spec, source, shapes, dtype, groups, chosen, work)
+        fixed = recipe.compress.allocate == "uniform" or recipe.compress.method == "none"
+        if entry["file_bytes"] is not None and not fixed:
+            entry["note"] = entry["note"].replace("exact", "exact for these ranks", 1)
+            entry["note"] += "; the run chooses its own"
         found.append(entry)
     return found
 
@@ -111,21 +117,54 @@ def _file(
     """Exact bytes of a GGUF, or why they are not known."""
     if base is None:
         return {"note": f"{ON_TOP['gguf']} ({trouble})"}
-    low_rank: dict[str, PairSpec] = {}
-    dims: dict[str, tuple[int, int]] = {}
-    for group in groups:
-        rank = chosen[group.leader].rank
-        if rank is not None:
-            low_rank |= {member.name: PairSpec(rank, group.leader) for member in group.members}
-            dims |= {m.name: (m.out_features, m.in_features) for m in group.members}
+    low_rank = _pairs(groups, chosen)
+    dims = {m.name: (m.out_features, m.in_features) for g in groups for m in g.members}
     try:
         return {
             "file_bytes": exact_bytes(spec, base, low_rank, dims),
             "dense_file_bytes": exact_bytes(spec, base, {}, {}),
-            "note": EXACT,
+            "note": EXACT["gguf"],
         }
     except InputError as error:
         return {"note": f"{ON_TOP['gguf']} ({error})"}
+
+
+def _pairs(groups: list[InputGroup], chosen: Choice) -> dict[str, PairSpec]:
+    """The pairs of a choice, by linear."""
+    found: dict[str, PairSpec] = {}
+    for group in groups:
+        rank = chosen[group.leader].rank
+        if rank is not None:
+            found |= {member.name: PairSpec(rank, group.leader) for member in group.members}
+    return found
+
+
+def _folder(
+    spec: OnnxExport,
+    source: Source,
+    shapes: Shapes,
+    dtype: str,
+    groups: list[InputGroup],
+    chosen: Choice,
+    work: Path,
+) -> dict[str, Any]:
+    """Exact bytes of an ONNX folder's graphs and data, or why they are not known."""
+    try:
+        from svdexport.export.onnx_size import exact_bytes as bytes_of
+
+        low_rank = _pairs(groups, chosen)
+        both = [
+            bytes_of(spec, source.folder, dtype, shapes.parameters, pairs, work)
+            for pairs in (low_rank, {})
+        ]
+    except ImportError as error:
+        return {"note": f"{ON_TOP['onnx']} ({error.name} is not installed)"}
+    except (InputError, MissingExtraError) as error:
+        return {"note": f"{ON_TOP['onnx']} ({error})"}
+    note = EXACT["onnx"]
+    if shapes.head is not None and dtype != "float16" and spec.precision != "fp16":
+        note += EMBEDDING_UNKNOWN
+    return {"file_bytes": both[0], "dense_file_bytes": both[1], "note": note}
 
 
 def weight_bytes(

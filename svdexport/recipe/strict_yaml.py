@@ -151,9 +151,12 @@ def read(path: Path) -> Any:
     """Plain data of a YAML file of at most ``MAX_BYTES``. Raises RecipeError."""
     try:
         if not path.exists():
-            raise RecipeError(f"{path}: no such recipe")
+            raise RecipeError(f"{path}: no such recipe; `svdexport init MODEL` writes one")
         if not path.is_file():
-            raise RecipeError(f"{path}: a recipe must be an ordinary file")
+            what = "a folder" if path.is_dir() else "no ordinary file"
+            raise RecipeError(
+                f"{path}: {what}; a recipe is a YAML file, as `svdexport init` writes"
+            )
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:

@@ -49,21 +49,3 @@ def _compare(
 def _median(artifact: ArtifactResult, name: str) -> float | None:
     found: Speedup | None = None if artifact.speed is None else getattr(artifact.speed, name)
     return None if found is None else found.median
-
-
-def sentence(found: Comparison, labels: dict[str, str]) -> str:
-    """For people: which of the two is better, with both sizes, perplexities and speedups."""
-    words = {
-        "better": "plain quantisation is better",
-        "worse": "plain quantisation is worse",
-        "undecided": "the text does not tell the two apart",
-    }
-    speed = ""
-    if found.decode_speedup is not None and found.plain_decode_speedup is not None:
-        speed = f", decode {found.decode_speedup:.2f}x against {found.plain_decode_speedup:.2f}x"
-    return (
-        f"{labels[found.artifact]} against plain {labels[found.plain]}, "
-        f"{found.bytes / 1e6:,.1f} against {found.plain_bytes / 1e6:,.1f} MB: "
-        f"{words[found.plain_is]} (perplexity {found.perplexity:#.3g} against "
-        f"{found.plain_perplexity:#.3g}{speed})"
-    )

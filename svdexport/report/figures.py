@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from svdexport.core.measures import GateResult, Quality, Speedup
-from svdexport.report.equal_bytes import sentence
 from svdexport.report.result import ArtifactResult, Comparison, PlanRow, RunResult, file_name
 
 NONE = "–"
@@ -63,7 +62,25 @@ def rows(result: RunResult) -> list[Row]:
 def equal_bytes(result: RunResult) -> list[str]:
     """A sentence for each compressed file that has a plainly quantised rival of like size."""
     labels = {a.path: a.label for a in result.artifacts}
-    return [sentence(found, labels) for found in _compared(result)]
+    return [_sentence(found, labels) for found in _compared(result)]
+
+
+def _sentence(found: Comparison, labels: dict[str, str]) -> str:
+    """Which of the two is better, with both sizes, perplexities and speedups."""
+    words = {
+        "better": "plain quantisation is better",
+        "worse": "plain quantisation is worse",
+        "undecided": "the text does not tell the two apart",
+    }
+    speed = ""
+    if found.decode_speedup is not None and found.plain_decode_speedup is not None:
+        speed = f", decode {found.decode_speedup:.2f}x against {found.plain_decode_speedup:.2f}x"
+    return (
+        f"{labels[found.artifact]} against plain {labels[found.plain]}, "
+        f"{megabytes(found.bytes)} against {megabytes(found.plain_bytes)} MB: "
+        f"{words[found.plain_is]} (perplexity {number(found.perplexity)} against "
+        f"{number(found.plain_perplexity)}{speed})"
+    )
 
 
 def _compared(result: RunResult) -> list[Comparison]:

@@ -79,6 +79,7 @@ def context(result: RunResult) -> dict[str, Any]:
         "pairs": len(figures.factorised(result)),
         "charts": charts(result),
         "speedups": speedups(result),
+        "speed_gated": any(gate.kind == "speed" for gate in result.gates),
         "ranks": rank_heat(result),
         "errors": error_heat(result),
         "kept_dense": figures.kept_dense(result),
@@ -177,7 +178,13 @@ def _heat(result: RunResult, cells: dict[tuple[str, int], Cell], low: str, high:
 
 
 def rank_heat(result: RunResult) -> Heat | None:
-    """Rank of each linear; colour by its share of the full rank. None without decoder blocks."""
+    """Rank of each linear; colour by its share of the full rank. None without decoder blocks.
+
+    The full rank is that of the whole group: linears that share an A are one stacked matrix.
+    """
+    rows: dict[str, int] = {}  # of a group's stacked matrix
+    for row in result.plan:
+        rows[row.group or row.name] = rows.get(row.group or row.name, 0) + row.shape[0]
     cells: dict[tuple[str, int], Cell] = {}
     shares: list[float] = []
     for row in result.plan:
@@ -187,9 +194,9 @@ def rank_heat(result: RunResult) -> Heat | None:
         if row.rank is None:
             cell = Cell("", f"{where}: dense ({row.reason})", None)
         else:
-            share = row.rank / min(row.shape)
-            shares.append(share)
-            cell = Cell(str(row.rank), f"{where}: rank {row.rank} of {min(row.shape)}", share)
+            full = min(rows[row.group or row.name], row.shape[1])
+            shares.append(row.rank / full)
+            cell = Cell(str(row.rank), f"{where}: rank {row.rank} of {full}", row.rank / full)
         cells[_kind(row), row.layer] = cell
     if not shares:
         return None

@@ -191,7 +191,7 @@ def _labels(points: Sequence[Point], x: Scale, y: Scale) -> list[str]:
         width = 6.3 * len(point.label)
         box, anchor, at = _place(px, py, width, taken)
         taken.append(box)
-        found.append(_text(at[0], at[1], point.label, anchor, "name"))
+        found.append(_text(at[0], at[1], point.label, anchor, f"name {point.family}"))
     return found
 
 

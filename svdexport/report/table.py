@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svdexport.report import figures
+from svdexport.report.items import Items
 from svdexport.report.result import RunResult
 
 _STYLES = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow"}
@@ -27,7 +28,7 @@ def summary(result: RunResult) -> RenderableType:
 
 def results_table(result: RunResult) -> Table:
     """A row for each artifact; a speedup's 95 % interval and perplexity's error stand below it."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("artifact", ratio=1)
     for name in ("MB", "perplexity", "KLD", "prefill t/s", "speedup", "decode t/s", "speedup"):
         table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
@@ -66,12 +67,10 @@ def _two(first: str, second: str) -> Text:
     return text
 
 
-def _stages(result: RunResult) -> Text:
-    text = Text("time: ", style="dim")
+def _stages(result: RunResult) -> Group:
     parts = [
         f"{stage.name} {'(from before)' if stage.resumed else figures.seconds(stage.seconds)}"
         for stage in result.stages
     ]
-    total = sum(stage.seconds for stage in result.stages)
-    text.append(", ".join(parts) + f"; {figures.seconds(total)} in all\n")
-    return text
+    total = figures.seconds(sum(stage.seconds for stage in result.stages))
+    return Group(Items("time", (*parts, f"in all {total}"), "dim"), Text(""))

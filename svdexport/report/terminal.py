@@ -11,6 +11,7 @@ from rich.text import Text
 
 from svdexport.core.measures import GateResult
 from svdexport.report.figures import gate_values, gate_word, seconds
+from svdexport.report.items import Items
 
 MEGA = 1e6
 
@@ -41,18 +42,15 @@ def plan_table(found: dict[str, Any]) -> RenderableType:
         f"{found['model']}: method {found['method']}, {found['ranks']} ranks",
         f"kept {found['kept']:.1%} of {found['params_dense']:,} parameters "
         f"({1 - found['kept']:.1%} removed)",
-        "memory: "
-        + ", ".join(
-            f"{name.replace('_', ' ')} {size / MEGA:,.0f} MB" for name, size in memory.items()
-        ),
         *(
             [f"predicted: a token {found['predicted_speedup']:.2f} times as fast, by its products"]
             if found.get("predicted_speedup")
             else []
         ),
-        "time here, roughly: "
-        + ", ".join(f"{stage} {seconds(value)}" for stage, value in found["seconds"].items()),
     ]
+    kinds = (f"{name.replace('_', ' ')} {size / MEGA:,.0f} MB" for name, size in memory.items())
+    stages = (f"{stage} {seconds(value)}" for stage, value in found["seconds"].items())
+    costs = Group(Items("memory", tuple(kinds)), Items("time here, roughly", tuple(stages)))
     sizes = _table(
         ("file", False), ("bytes", True), ("dense twin", True), ("what is counted", False)
     )
@@ -62,7 +60,7 @@ def plan_table(found: dict[str, Any]) -> RenderableType:
     others = [
         Text(f"{item['name']}: {line}") for item in found["exports"] for line in item["other_types"]
     ]
-    return Group(table, Text("\n".join(lines)), sizes, *others)
+    return Group(table, Text("\n".join(lines)), costs, sizes, *others)
 
 
 def eval_table(found: dict[str, Any]) -> RenderableType:
@@ -123,17 +121,32 @@ def verify_table(found: dict[str, Any]) -> RenderableType:
 def inspect_table(found: dict[str, Any]) -> RenderableType:
     """One row a linear; further keys of the inspection above it."""
     rows = found.get("linears") or found.get("layers") or []
-    head = [f"{key}: {value}" for key, value in found.items() if not isinstance(value, list | dict)]
-    for key, value in found.items():
-        if isinstance(value, dict):
-            head.append(f"{key}: " + ", ".join(f"{k} {v}" for k, v in value.items()))
+    head: list[RenderableType] = [
+        Text(f"{key}: {value}")
+        for key, value in found.items()
+        if not isinstance(value, list | dict)
+    ]
+    head += [_items(key, value) for key, value in found.items() if isinstance(value, dict)]
     if not rows:
-        return Text("\n".join(head))
+        return Group(*head)
     columns = [key for key in rows[0] if key not in {"shape"}]
-    table = _table(*((name, isinstance(rows[0][name], int | float)) for name in columns))
+    numbers = {name for name in columns for row in rows if isinstance(row.get(name), int | float)}
+    table = _table(*((name, name in numbers) for name in columns))
     for row in rows:
         table.add_row(*(_short(row.get(name)) for name in columns))
-    return Group(Text("\n".join(head)), table)
+    return Group(*head, table)
+
+
+def _items(head: str, values: dict[str, Any]) -> RenderableType:
+    """Figures with their names; a figure that has parts of its own stands on a line of its own."""
+    parts = {name: value for name, value in values.items() if isinstance(value, dict)}
+    plain = tuple(f"{name} {_short(v)}" for name, v in values.items() if name not in parts)
+    lines = [
+        Items(f"{name} {kind}", tuple(f"{_short(v)} {k}" for k, v in figures.items()))
+        for name, inner in parts.items()
+        for kind, figures in inner.items()
+    ]
+    return Group(Items(head, plain), *lines)
 
 
 def _short(value: Any) -> str:
@@ -141,6 +154,10 @@ def _short(value: Any) -> str:
         return "-"
     if isinstance(value, list | tuple):
         return " ".join(str(item) for item in value)
+    if isinstance(value, dict):  # the types of a pair's factors
+        if len(set(value.values())) == 1:
+            return str(next(iter(value.values())))
+        return ", ".join(f"{name} {item}" for name, item in value.items())
     return str(value)
 
 
@@ -163,5 +180,5 @@ def doctor_table(found: dict[str, Any]) -> RenderableType:
     lines = [f"llama.cpp here {pairs}."]
     if llama["advice"]:
         lines.append(llama["advice"])
-    lines.append("versions: " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
-    return Group(table, Text("\n".join(lines)))
+    versions = Items("versions", tuple(f"{k} {v}" for k, v in found["versions"].items()))
+    return Group(table, Text("\n".join(lines)), versions)

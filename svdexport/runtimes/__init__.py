@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from svdexport.errors import InputError, MissingExtraError
+from svdexport.errors import MissingExtraError, RecipeError
 from svdexport.runtimes.artifact import kind
 from svdexport.runtimes.base import Runtime
 
@@ -25,12 +25,15 @@ def open_runtime(path: Path, *, threads: int, context: int, runtime: str | None 
 
     Raises:
         InputError: not an artifact, or the runtime refuses it.
+        RecipeError: the named runtime does not take its format.
         MissingExtraError: the runtime is not installed.
     """
     form = kind(path)
     name = runtime or NAMES[form][0]
     if name not in NAMES[form]:
-        raise InputError(f"{path}: a {form} artifact does not run on {name}")
+        raise RecipeError(
+            f"--runtime {name}: {path} is {form}, it runs on {' or '.join(NAMES[form])}"
+        )
     try:
         if name == "torch":
             from svdexport.runtimes.torch_rt import TorchRuntime

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from svdexport.errors import InputError
+from svdexport.rundir import MANIFEST
 
 Kind = Literal["gguf", "onnx", "checkpoint"]
 
@@ -29,6 +30,10 @@ def kind(path: Path) -> Kind:
         return "onnx"
     if (path / "config.json").exists():
         return "checkpoint"
+    if (path / MANIFEST).is_file():
+        raise InputError(
+            f"{path}: a run's output; name one file or folder in it, as its README does"
+        )
     raise InputError(f"{path}: holds no *.onnx and no config.json: not an artifact svdexport knows")
 
 

@@ -46,6 +46,7 @@ def inspect(path: Path) -> dict[str, Any]:
         if len(info.ne) > 1 and not is_part:
             entry = _linear(file, name, info, counted)
             (other if entry["layer"] is None else linears).append(entry)
+    linears.sort(key=lambda entry: int(entry["layer"]))  # a file may count 1, 10, 11, 2
     kinds = Counter(entry["form"] for entry in linears + other)
     pairs = sum(kinds.values()) - kinds["dense"]
     return {

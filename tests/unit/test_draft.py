@@ -74,12 +74,15 @@ def test_nothing_is_overwritten_and_wrong_targets_are_named(tmp_path: Path) -> N
 
 
 def test_the_name_on_the_hub_is_said_or_found_and_never_guessed(tmp_path: Path) -> None:
-    from svdexport.pipeline.run import hub_name
+    from svdexport.pipeline.run import given_name, hub_name
 
     out = api.init(folder(tmp_path / "m", SMALL), "phone", tmp_path / "r.yaml")
     cached = tmp_path / "models--owner--small-1B" / "snapshots" / "abc"
     assert hub_name(load_recipe(out), tmp_path / "m") == ""
     assert hub_name(load_recipe(out), cached) == "owner/small-1B"
+    (tmp_path / "Small").symlink_to(tmp_path / "m")
+    assert given_name(tmp_path / "Small") == "Small"
+    assert given_name(tmp_path / "m" / "..") == tmp_path.name
     assert hub_name(load_recipe(out, ["model.hub_name=me/other"]), cached) == "me/other"
     with pytest.raises(RecipeError, match="hub_name"):
         load_recipe(out, ["model.hub_name=../evil"])

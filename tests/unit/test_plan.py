@@ -119,8 +119,8 @@ def test_bytes_are_those_of_the_exported_tensors(place: Path, tmp_path: Path, sp
         else:
             foretold = weight_bytes(spec, shapes, [], {}, "float32")
         assert foretold == written
-        assert (entry["note"] == "exact") == isinstance(spec, GgufExport)
-        if isinstance(spec, GgufExport):
+        assert entry["note"].startswith("exact") != isinstance(spec, CheckpointExport)
+        if not isinstance(spec, CheckpointExport):
             assert made.bytes == entry["file_bytes" if name == "pairs" else "dense_file_bytes"]
 
 
@@ -138,6 +138,33 @@ def test_the_gguf_of_a_run_has_the_planned_size(tmp_path: Path, model: str) -> N
     assert api.plan(path)["exports"] == [entry]
 
 
+@pytest.mark.parametrize(("model", "dtype"), [("Qwen2", torch.bfloat16), ("Llama", torch.float16)])
+def test_the_onnx_folder_of_a_run_has_the_planned_size(
+    tmp_path: Path, model: str, dtype: torch.dtype
+) -> None:
+    """Biases and a tied embedding; an embedding apart that float16 holds."""
+    make_model(tmp_path / "model", model, dtype, hidden_size=128, intermediate_size=160)
+    path, _ = recipe_of(tmp_path, exporting(OnnxExport(precision="int8"), OnnxExport()))
+    entries = api.plan(path)["exports"]
+    for weights in (tmp_path / "model").glob("*.safetensors"):  # values are not needed
+        weights.rename(weights.with_suffix(".away"))
+    assert api.plan(path)["exports"] == entries
+    for weights in (tmp_path / "model").glob("*.away"):
+        weights.rename(weights.with_suffix(".safetensors"))
+    for entry, folder in zip(entries, api.export(path, tmp_path / "out"), strict=True):
+        assert "both graphs and their data" in entry["note"]
+        assert "embedding" not in entry["note"]
+        files = ("model.onnx", "model_last.onnx", "model.onnx.data")
+        assert entry["file_bytes"] == sum((folder / name).stat().st_size for name in files)
+
+
+def test_a_graph_that_the_builder_does_not_make_is_not_called_exact(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "Llama", hidden_size=128, intermediate_size=160)
+    spec = OnnxExport(precision="int8", operators="standard")
+    (entry,) = api.plan(recipe_of(tmp_path, exporting(spec))[0])["exports"]
+    assert entry["file_bytes"] is None and "graph by torch.onnx" in entry["note"]
+
+
 def test_a_gguf_is_planned_from_its_header(tmp_path: Path) -> None:
     make_model(tmp_path / "made", "Llama", hidden_size=128, intermediate_size=160)
     gguf_base.convert(tmp_path / "made", tmp_path / "model.gguf", "f16")
@@ -153,7 +180,8 @@ def test_without_a_tokenizer_the_plan_says_what_is_missing(tmp_path: Path) -> No
         "exports"
     ]
     assert gguf["file_bytes"] is None and "no tokenizer" in gguf["note"]
-    assert "graphs" in onnx["note"] and "headers" in checkpoint["note"]
+    assert "headers" in checkpoint["note"]
+    assert "if float16 holds each of its values" in onnx["note"]
 
 
 def test_a_70b_configuration_is_planned_within_five_seconds(tmp_path: Path) -> None:

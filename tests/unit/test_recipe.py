@@ -156,7 +156,7 @@ def test_a_missing_key_and_a_missing_file(path: Path) -> None:
     path.unlink()
     assert "no such recipe" in refuse(path)
     path.mkdir()
-    assert "ordinary file" in refuse(path)
+    assert "a folder; a recipe is a YAML file" in refuse(path)
 
 
 @pytest.mark.parametrize(

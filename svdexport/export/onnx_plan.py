@@ -1,0 +1,59 @@
+"""What an ONNX export is asked for, and what a build wrote besides the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from svdexport.checkpoint import Checkpoint
+from svdexport.core.grids_onnx import NBitsGrid
+from svdexport.packed import PackedFolder
+
+Row = tuple[str, int]
+"""A tensor of the checkpoint and how many output rows of an initialiser it owns, in order."""
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What the emitter needs to know.
+
+    Attributes:
+        checkpoint: weights.
+        source: Hugging Face folder of the original model: config and tokenizer.
+        grid: grid of the linears; None for float32.
+        head_grid: grid of the LM head; None for float32.
+        half: everything in float16, logits and cache too, for WebGPU; the grids are then None.
+        standard: ONNX's own operators alone.
+        packed: weights that were quantised before.
+        latent: cache A x where v is a pair of small rank.
+    """
+
+    checkpoint: Checkpoint
+    source: Path
+    grid: NBitsGrid | None
+    head_grid: NBitsGrid | None
+    half: bool = False
+    standard: bool = False
+    packed: PackedFolder | None = None
+    latent: bool = False
+
+
+@dataclass
+class Emission:
+    """What a build wrote besides the graph.
+
+    Attributes:
+        rows: initialiser that holds linears -> the checkpoint's tensors it is made of, in order.
+        grids: weight initialiser -> its grid, where it is quantised.
+        transposed: dense tensors that the checkpoint stores as (inputs, outputs).
+        shared_embedding: the LM head's weight also serves the embedding.
+        latent_layers: layer -> rank, where the cache holds A x in place of the values.
+        cache_bytes: of a token in the cache, with the values as the model has them and as written.
+    """
+
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    transposed: list[str] = field(default_factory=list)
+    grids: dict[str, NBitsGrid] = field(default_factory=dict)
+    shared_embedding: bool = False
+    latent_layers: dict[int, int] = field(default_factory=dict)
+    cache_bytes: tuple[int, int] = (0, 0)
