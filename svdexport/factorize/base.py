@@ -69,23 +69,21 @@ class Method:
     finish: Callable[[FactorPair, Mapping[str, Tensor], Settings], FactorPair] | None = None
 
 
-def completed(found: Decomposition, weights: Sequence[Tensor], rank: int) -> Decomposition:
-    """At least ``rank`` components, also where the calibration text determines fewer.
+def completed(
+    found: Decomposition, weights: Sequence[Tensor], rank: int, entries: int
+) -> Decomposition:
+    """At least ``rank`` components and ``entries`` energies, whatever the text determines.
 
-    Those that follow are the plain SVD of W - B A; on that text their energies are 0.
+    Components that follow are the plain SVD of W - B A; on the calibration text their energies
+    are 0.
     """
-    have = found.a.shape[0]
-    if have >= rank:
-        return found
-    left = torch.cat([w.double() for w in weights]) - found.b.double() @ found.a.double()
-    rest = decompose([left], max_rank=rank - have)
-    missing = max(0, rank - len(found.energies))
-    return Decomposition(
-        torch.cat([found.a, rest.a]),
-        torch.cat([found.b, rest.b], dim=1),
-        torch.cat([found.energies, found.energies.new_zeros(missing)]),
-        found.damping,
-    )
+    a, b, have = found.a, found.b, found.a.shape[0]
+    if have < rank:
+        left = torch.cat([w.double() for w in weights]) - b.double() @ a.double()
+        rest = decompose([left], max_rank=rank - have)
+        a, b = torch.cat([a, rest.a]), torch.cat([b, rest.b], dim=1)
+    missing = found.energies.new_zeros(max(0, entries - len(found.energies)))
+    return Decomposition(a, b, torch.cat([found.energies, missing]), found.damping)
 
 
 def split_outputs(stacked: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:

@@ -29,7 +29,7 @@ def factorize(data: GroupData) -> Decomposition:
     directions, energies = pca.directions, pca.energies()
     a = directions.T @ weight
     found = Decomposition(a.float().contiguous(), directions.float().contiguous(), energies, 0.0)
-    return completed(found, data.weights, limit)
+    return completed(found, data.weights, limit, min(weight.shape) + 1)
 
 
 METHOD = Method(

@@ -39,7 +39,8 @@ def factorize(data: GroupData) -> Decomposition:
         right = scaled.T @ b
     a = (u @ (right / root[:, None])).T
     found = Decomposition(a.float().contiguous(), b.float().contiguous(), energies, 0.0)
-    return completed(found, data.weights, min(*weight.shape, data.max_rank))
+    most = min(weight.shape)
+    return completed(found, data.weights, min(most, data.max_rank), most)
 
 
 METHOD = Method(

@@ -120,6 +120,9 @@ def test_every_rank_asked_for_is_there_whatever_the_text_was(
     rows = torch.randn(3, shape[1], generator=generator(8), dtype=torch.float64)
     rows[:, ::2] = 0.0
     signal = rows.abs().mean(dim=0)
+    moments = tuple(moment(w.shape[0], 100, 5) for w in given.weights)
+    given = dataclasses.replace(given, gradients=moments)
+    usual = METHODS[method].factorize(given)
     given = dataclasses.replace(
         given,
         inputs=rows.T @ rows,
@@ -129,6 +132,7 @@ def test_every_rank_asked_for_is_there_whatever_the_text_was(
         rows=rows,
     )
     found = METHODS[method].factorize(given)
+    assert found.energies.shape == usual.energies.shape  # those of experts are added up
     assert (found.a.shape, found.b.shape) == ((16, shape[1]), (shape[0], 16))
     assert torch.isfinite(found.a).all() and torch.isfinite(found.b).all()
     outputs = torch.cat(given.weights) @ rows.T

@@ -108,23 +108,30 @@ def test_sequential_least_squares_are_those_of_the_slow_formula(tmp_path: Path) 
     before = pair_tensors(module, given.groups)
     found = REFINERS["sequential_ls"].refine(given, SequentialLs(ridge=0.0))
     assert mean_divergence(module, given.tokens) < first
-    leader = "model.layers.1.mlp.down_proj"  # runs last: all before it is refitted
+    # the inputs of a group depend on those before it alone, which are as they were at its turn
     caught: dict[str, torch.Tensor] = {}
-    hooks = [
-        module.get_submodule(leader).register_forward_hook(
-            lambda _m, x, _y: caught.update(x=x[0].flatten(0, 1).double())
-        ),
-        teacher.get_submodule(leader).register_forward_hook(
-            lambda _m, _x, y: caught.update(y=y.flatten(0, 1).double())
-        ),
-    ]
+    hooks = []
+    for leader, members in given.groups.items():
+        inputs = module.get_submodule(leader).register_forward_pre_hook(
+            lambda _m, x, key=leader: caught.update({f"{key} x": x[0].flatten(0, 1).double()})
+        )
+        outputs = [
+            teacher.get_submodule(name).register_forward_hook(
+                lambda _m, _x, y, key=name: caught.update({f"{key} y": y.flatten(0, 1).double()})
+            )
+            for name in members
+        ]
+        hooks += [inputs, *outputs]
     module(given.tokens)
     teacher(given.tokens)
     for hook in hooks:
         hook.remove()
-    z = caught["x"] @ found.tensors[f"{leader}.lr_a.weight"].double().T
-    slow = torch.linalg.lstsq(z, caught["y"]).solution.T
-    assert torch.allclose(found.tensors[f"{leader}.lr_b.weight"].double(), slow, atol=1e-3)
+    for leader, members in given.groups.items():
+        z = caught[f"{leader} x"] @ found.tensors[f"{leader}.lr_a.weight"].double().T
+        for name in members:
+            slow = torch.linalg.lstsq(z, caught[f"{name} y"]).solution.T
+            refitted = found.tensors[f"{name}.lr_b.weight"].double()
+            assert torch.allclose(refitted, slow, atol=1e-3), name
     for name in before:
         assert torch.equal(found.tensors[name], before[name]) == name.endswith("lr_a.weight")
     shares = found.notes[0].rpartition(", ")[2].split(" -> ")
