@@ -51,7 +51,7 @@ def load_config(source: Path) -> Any:
 def why_not(config: Any, *, latent: bool = False, standard: bool = False) -> str | None:
     """Why the builder's graph would not be exact for a model or not what was asked for; or None."""
     if standard:
-        return "standard operators was asked for"
+        return "standard operators were asked for"
     if latent:
         return "a latent cache was asked for"
     names = getattr(config, "architectures", None) or ["a model of no named architecture"]

@@ -33,7 +33,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Unwritten(Checkpoint):
-    """A checkpoint by its ranks: tensors have shapes and, repeated, a zero for all values.
+    """A checkpoint by its ranks: tensors have shapes and, repeated, a one for all values.
+
+    Not a zero: the builder leaves out biases of zeros.
 
     Attributes:
         shapes: of every tensor, factors included.
@@ -52,7 +54,7 @@ class Unwritten(Checkpoint):
 
         if name not in self.shapes:
             raise InputError(f"{self.path}: tensor {name} is missing")
-        return torch.zeros(()).expand(self.shapes[name])
+        return torch.ones(()).expand(self.shapes[name])
 
 
 class Places(DataWriter):

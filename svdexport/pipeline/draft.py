@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -81,6 +82,10 @@ def choose(target: Target, shapes: Shapes) -> Choice:
     return Choice(why, ("{format: onnx, precision: int4, block_size: 32}",), 0.85, 32, gates)
 
 
+def _comment(text: str) -> str:
+    return textwrap.fill(text, 90, initial_indent="# ", subsequent_indent="#   ")
+
+
 def _text(model: Path, target: Target, out: Path, shapes: Shapes) -> str:
     choice = choose(target, shapes)
     longest = int(getattr(shapes.config, "max_position_embeddings", 512) or 512)
@@ -93,7 +98,8 @@ def _text(model: Path, target: Target, out: Path, shapes: Shapes) -> str:
     exports = "\n".join(f"  - {line}" for line in choice.exports)
     gates = "\n".join(f"  {line}" for line in choice.gates)
     return f"""\
-# {model.name} ({shapes.count / 1e6:,.0f} M parameters) for a {target}: {choice.why}.
+# {model.name} ({shapes.count / 1e6:,.0f} M parameters) for a {target}.
+{_comment(f"Runs on {choice.why}.")}
 # Written by `svdexport init`. `svdexport plan {out.name}` shows sizes, memory and time;
 # `svdexport run {out.name}` does it all and resumes where it was stopped.
 schema: 1

@@ -39,7 +39,8 @@ def plan_table(found: dict[str, Any]) -> RenderableType:
         table.add_row(str(row["block"]), names, shape, rank, kept)
     memory = found["memory_bytes"]
     lines = [
-        f"{found['model']}: method {found['method']}, {found['ranks']} ranks",
+        f"{found['model']}:",
+        f"method {found['method']}, {found['ranks']} ranks",
         f"kept {found['kept']:.1%} of {found['params_dense']:,} parameters "
         f"({1 - found['kept']:.1%} removed)",
         *(

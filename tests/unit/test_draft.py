@@ -36,6 +36,8 @@ def test_a_drafted_recipe_can_be_planned(target: str, tmp_path: Path) -> None:
     out = api.init(model, target, tmp_path / "sub" / "r.yaml")  # type: ignore[arg-type]
     text = out.read_text()
     assert target in text.splitlines()[0] and "1 M parameters" in text.splitlines()[0]
+    assert text.splitlines()[1].startswith("# Runs on ")
+    assert max(len(line) for line in text.splitlines()) <= 100
     recipe = load_recipe(out)
     assert recipe.model.path is not None and recipe.model.path.resolve() == model
     assert recipe.calibration.length * recipe.calibration.samples >= 2 * 320

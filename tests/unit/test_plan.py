@@ -138,12 +138,16 @@ def test_the_gguf_of_a_run_has_the_planned_size(tmp_path: Path, model: str) -> N
     assert api.plan(path)["exports"] == [entry]
 
 
-@pytest.mark.parametrize(("model", "dtype"), [("Qwen2", torch.bfloat16), ("Llama", torch.float16)])
+@pytest.mark.parametrize(
+    ("model", "dtype", "tied"),
+    [("Qwen2", torch.bfloat16, True), ("Llama", torch.float16, False)],
+)
 def test_the_onnx_folder_of_a_run_has_the_planned_size(
-    tmp_path: Path, model: str, dtype: torch.dtype
+    tmp_path: Path, model: str, dtype: torch.dtype, tied: bool
 ) -> None:
     """Biases and a tied embedding; an embedding apart that float16 holds."""
-    make_model(tmp_path / "model", model, dtype, hidden_size=128, intermediate_size=160)
+    sizes = {"hidden_size": 128, "intermediate_size": 160, "tie_word_embeddings": tied}
+    make_model(tmp_path / "model", model, dtype, **sizes)
     path, _ = recipe_of(tmp_path, exporting(OnnxExport(precision="int8"), OnnxExport()))
     entries = api.plan(path)["exports"]
     for weights in (tmp_path / "model").glob("*.safetensors"):  # values are not needed
