@@ -9,7 +9,7 @@ import torch
 
 from svdexport.core.alternate import alternate, least_squares, pair_loss
 from svdexport.recipe.refiners import Als, Lora, SequentialLs
-from svdexport.refine import REFINERS
+from svdexport.refine import REFINERS, training
 from svdexport.refine.pairs import balance_pairs, pair_tensors
 from tests.unit.refine_models import data
 from tests.unit.test_distill import mean_divergence
@@ -158,3 +158,28 @@ def test_low_rank_updates_change_both_sides_one_after_the_other(tmp_path: Path) 
         assert float(sigma[2]) < 1e-4 * float(sigma[0]), name
     again = REFINERS["lora"].refine(data(tmp_path / "third"), config)
     assert all(torch.equal(again.tensors[name], found.tensors[name]) for name in found.tensors)
+
+
+@pytest.mark.parametrize("killed_in", ["lora B", "lora A"])
+def test_updates_that_were_stopped_resume_to_the_same_bytes(
+    killed_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    config = Lora(steps=8, learning_rate=1e-2, rank=2, precision="float32")
+    expected = REFINERS["lora"].refine(data(tmp_path / "whole"), config)
+
+    def stop(what: str, done: int, _total: int) -> None:
+        if what.startswith(killed_in) and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        REFINERS["lora"].refine(data(tmp_path / "stopped", progress=stop), config)
+    seen: list[str] = []
+    resumed = data(
+        tmp_path / "stopped", progress=lambda what, _done, _total: seen.append(what.split(",")[0])
+    )
+    found = REFINERS["lora"].refine(resumed, config)
+    assert seen.count("lora B") < 4
+    assert (seen.count("lora B") == 0) == (killed_in == "lora A")
+    assert all(torch.equal(found.tensors[n], expected.tensors[n]) for n in expected.tensors)
+    assert found.notes == expected.notes
