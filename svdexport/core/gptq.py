@@ -105,14 +105,19 @@ def gptq(weight: Tensor, moment: Tensor, grid: Grid, config: GptqConfig) -> Quan
 
 
 def gptq_pair(
-    pair: FactorPair, moment: Tensor, grid_a: Grid, grid_b: Grid, config: GptqConfig
+    pair: FactorPair,
+    moment: Tensor,
+    grid_a: Grid,
+    grid_b: Grid,
+    config: GptqConfig,
+    target: Tensor | None = None,
 ) -> tuple[Quantized, Quantized]:
     """Quantise A with H, then B with A H A^T of the quantised A.
 
     Two freedoms of a pair are used. Columns of B are scaled to one norm and rows of A by the
     inverse: blocks of B then mix columns of like size, and A's blocks lie within rows. And once A
-    is rounded, B is fitted again to the pair's own product in the metric of H before it is rounded
-    itself.
+    is rounded, B is fitted again in the metric of H before it is rounded itself: to ``target``
+    (m, n), or without one to the pair's own product.
     """
     a, b = pair.a.float(), pair.b.float()
     norm = b.norm(dim=0)
@@ -121,7 +126,8 @@ def gptq_pair(
     h = moment.double()
     rounded = first.values.double()
     inner = rounded @ h @ rounded.T
-    cross = b.double() @ (a.double() @ h @ rounded.T)
+    seen = h @ rounded.T
+    cross = b.double() @ (a.double() @ seen) if target is None else target.double() @ seen
     root, _ = damped_cholesky(inner, 1e-8)
     refitted = torch.cholesky_solve(cross.T, root).T.float()
     return first, gptq(refitted, inner, grid_b, config)

@@ -131,7 +131,8 @@ class Sample:
     took `span` seconds of wall time, summed over the cores this process may run on:
     `own_cpu`: this process; `other_cpu`: everything else, as busy time of the cores less our own;
     `waited`: our threads were ready and had no core; `steal`: the hypervisor gave the core to
-    others; `preempted`: involuntary context switches of this process.
+    others; `preempted`: involuntary context switches of this process. `part`: the artifacts were
+    loaded anew before each part of the rounds.
     """
 
     seconds: float
@@ -143,6 +144,7 @@ class Sample:
     preempted: int
     disturbed: bool = False
     why: str = ""
+    part: int = 0
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ class FirstRows:
         """Add rows: x of shape (..., n); beyond ``count`` they are passed over."""
         rows = x.detach().reshape(-1, x.shape[-1])[: self.count - self.rows]
         if len(rows):
-            self.parts.append(rows.clone())
+            self.parts.append(rows.to(torch.float32, copy=True))
             self.rows += len(rows)
 
     def take(self, parts: Sequence[Tensor]) -> None:
@@ -216,7 +216,8 @@ class Fisher:
         if x.shape[:-1] != g.shape[:-1]:
             raise ValueError(f"inputs {tuple(x.shape)} and gradients {tuple(g.shape)} differ")
         for one, grad in zip(x.detach(), g.detach(), strict=True):
-            gradient = grad.reshape(-1, g.shape[-1]).T @ one.reshape(-1, x.shape[-1])
+            rows, columns = grad.reshape(-1, g.shape[-1]), one.reshape(-1, x.shape[-1])
+            gradient = rows.float().T @ columns.float()
             self.matrix += gradient.double().square()
 
     def share(self, ranks: Ranks) -> None:

@@ -25,12 +25,14 @@ from svdexport.core.moments import (
     Moment,
     Statistic,
 )
+from svdexport.core.precision import choose, products_in
 from svdexport.core.ranks import ALONE, Ranks
 from svdexport.errors import InputError
 from svdexport.models.activations import Activations
 from svdexport.models.blocks import Structure, record_inputs, run_block, tail_gradient
 from svdexport.models.routed import Collected, borrow
 from svdexport.models.weights import Weights, as_weights
+from svdexport.recipe.values import Precision
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -69,6 +71,7 @@ def calibrate(
     keep_rows: int = 0,
     skip: Collection[int] = (),
     ranks: Ranks = ALONE,
+    precision: Precision = "float32",
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[BlockMoments]:
     """Yield the statistics of every block; in order, or last to first where gradients are needed.
@@ -86,6 +89,7 @@ def calibrate(
         keep_rows: input rows of each linear that the statistic ``rows`` keeps in memory.
         skip: blocks whose statistics are not wanted.
         ranks: processes that share the samples; all get the statistics over all samples.
+        precision: of the blocks' products; what passes between blocks stays float32.
     """
     weights = as_weights(model)
     weights.model.eval().requires_grad_(False)
@@ -93,7 +97,16 @@ def calibrate(
     if not blocks:
         return
     wanted = _Wanted(frozenset(statistics), keep_rows, blocks)
-    sweep = _Sweep(weights, structure, tokens, batch, wanted, scratch / "activations.bin", ranks)
+    sweep = _Sweep(
+        weights,
+        structure,
+        tokens,
+        batch,
+        wanted,
+        scratch / "activations.bin",
+        ranks,
+        choose(precision),
+    )
     backward = bool(NEED_GRADIENTS & wanted.statistics)
     try:
         yield from (sweep.backward if backward else sweep.forward)(progress)
@@ -122,9 +135,10 @@ class _Sweep:
         wanted: _Wanted,
         store: Path,
         ranks: Ranks,
+        dtype: torch.dtype,
     ) -> None:
         self.weights, self.structure, self.tokens = weights, structure, tokens
-        self.wanted, self.ranks = wanted, ranks
+        self.wanted, self.ranks, self.dtype = wanted, ranks, dtype
         # whole batches are shared out, so that each one's rounding does not depend on the ranks
         starts = range(0, tokens.shape[0], batch)[ranks.rank :: ranks.size]
         self.slices = [slice(i, i + batch) for i in starts]
@@ -144,6 +158,11 @@ class _Sweep:
     def hidden(self, boundary: int, part: slice) -> Tensor:
         return self.store.get(boundary, part, self.tokens[part].shape[0])
 
+    def run(self, block: nn.Module, hidden: Tensor, part: slice, index: int) -> Tensor:
+        """The block's output, float32; its matrix products in the sweep's own dtype."""
+        with products_in(self.dtype):
+            return run_block(block, hidden, self.call(part, index)).float()
+
     def forward(self, progress: Progress) -> Iterator[BlockMoments]:
         """Boundaries take each other's place in the file."""
         total = len(self.structure.blocks)
@@ -154,7 +173,7 @@ class _Sweep:
                     s.enter_context(watch)
                 for part in self.slices:
                     hidden = self.hidden(0, part)
-                    out = run_block(block, hidden, self.call(part, index))
+                    out = self.run(block, hidden, part, index)
                     watch.compare(hidden, out)
                     self.store.put(0, part, out)
             progress("calibrate", index + 1, total)
@@ -168,7 +187,7 @@ class _Sweep:
         for index, path in enumerate(self.structure.blocks):
             with self.weights.block(path) as block, torch.no_grad():
                 for part in self.slices:
-                    out = run_block(block, self.hidden(index, part), self.call(part, index))
+                    out = self.run(block, self.hidden(index, part), part, index)
                     self.store.put(index + 1, part, out)
             progress("forward", index + 1, total)
         with self.weights.ends():
@@ -203,7 +222,7 @@ class _Sweep:
         ):
             for part in self.slices:
                 hidden = self.hidden(index, part).requires_grad_(True)
-                out = run_block(block, hidden, self.call(part, index))
+                out = self.run(block, hidden, part, index)
                 watch.compare(hidden.detach(), out.detach())
                 (gradient,) = torch.autograd.grad(out, hidden, self.hidden(last, part))
                 self.store.put(last, part, gradient)

@@ -73,6 +73,7 @@ def _fit_all(
         model.structure,
         load_file(compressed.tokens)["calibration"],
         batch=job.recipe.calibration.batch,
+        precision=job.recipe.calibration.precision,
         statistics=MOMENTS & METHODS[job.recipe.compress.method].needs,
         scratch=job.work,
         progress=job.reporter.progress,

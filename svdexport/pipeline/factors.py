@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +30,8 @@ from svdexport.recipe.settings import BasisSharing, DobiSvd
 def chosen_groups(recipe: Recipe, structure: Structure) -> list[InputGroup]:
     """Groups of linears that the recipe compresses."""
     compress = recipe.compress
+    if recipe.quantize and recipe.quantize.sequential:  # it takes all linears
+        _check_experts(structure.groups, "quantize.sequential", "leave it out")
     method = METHODS.get(compress.method)  # none: all linears that a method could take
     if method is not None and method.embedding:
         if structure.embedding is None:
@@ -42,19 +44,20 @@ def chosen_groups(recipe: Recipe, structure: Structure) -> list[InputGroup]:
     if only:
         return select(structure, compress.targets, compress.ignore, False, only)
     chosen = select(structure, compress.targets, compress.ignore, compress.group)
-    if any(group.stack for group in chosen):
-        _check_experts(recipe)
+    without = r"leave it out, or add 're:\.experts\.' to compress.ignore"
+    if compress.sequential:
+        _check_experts(chosen, "compress.sequential", without)
+    if any(entry.method == "sequential_ls" for entry in recipe.refine):
+        _check_experts(chosen, "refine sequential_ls", without)
     return chosen
 
 
-def _check_experts(recipe: Recipe) -> None:
+def _check_experts(groups: Iterable[InputGroup], what: str, way_out: str) -> None:
     """What walks the model and its compressed self side by side needs the same tokens in both."""
-    walks = ["compress.sequential"] if recipe.compress.sequential else []
-    walks += ["refine sequential_ls" for entry in recipe.refine if entry.method == "sequential_ls"]
-    if walks:
+    if any(group.stack for group in groups):
         raise RecipeError(
-            f"{walks[0]}: cannot be used on the experts of a mixture, to which the compressed "
-            r"model may send other tokens; leave it out, or add 're:\.experts\.' to compress.ignore"
+            f"{what}: cannot be used on the experts of a mixture, to which the compressed model "
+            f"may send other tokens; {way_out}"
         )
 
 
@@ -242,6 +245,7 @@ def moments_for(
         structure,
         tokens,
         batch=recipes[0].calibration.batch,
+        precision=recipes[0].calibration.precision,
         statistics=needs,
         scratch=scratch,
         keep_rows=max((s.rows for s in settings if isinstance(s, DobiSvd)), default=0),

@@ -132,6 +132,7 @@ def _refine(
             model.structure,
             load_file(tokens)["calibration"],
             batch=job.recipe.calibration.batch,
+            precision=job.recipe.calibration.precision,
             statistics=MOMENTS & METHODS[job.recipe.compress.method].needs,
             scratch=scratch,
             progress=job.reporter.progress,

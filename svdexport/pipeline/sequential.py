@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdexport.core.decompose import Decomposition, decompose
+from svdexport.core.decompose import decompose
 from svdexport.core.gauge import in_even_gauge, mixed
+from svdexport.core.lowrank import FactorPair
 from svdexport.core.moments import CrossMoments
 from svdexport.core.sequence import sequence_target
 from svdexport.factorize import split_outputs
@@ -20,6 +21,7 @@ from svdexport.models.sequence import Walk
 from svdexport.pipeline.compress import GroupPlan
 from svdexport.pipeline.factor_files import factors_file, gradients_of
 from svdexport.pipeline.job import Job, ModelUnderWork
+from svdexport.recipe import Recipe
 
 MIX = 1.0  # weight of the original inputs beside the compressed model's (core/sequence.py)
 
@@ -35,9 +37,31 @@ def fitted_dense(model: ModelUnderWork, plan: list[GroupPlan]) -> list[str]:
     ]
 
 
-def _in_gauge(found: Decomposition, moment: Tensor) -> tuple[Tensor, Tensor]:
-    even = in_even_gauge(found, moment)
-    return mixed(even.a, even.b)
+def pair_in_sequence(
+    recipe: Recipe,
+    group: InputGroup,
+    target: Tensor,
+    metric: Tensor,
+    inputs: Tensor,
+    rank: int,
+    folder: Path,
+) -> FactorPair:
+    """A group's pair made anew, B's of its members stacked, in the gauge that is written.
+
+    Args:
+        target, metric: of :func:`svdexport.core.sequence.sequence_target`. inputs: H of what the
+            compressed model gives the group. folder: of the factor files; where the method has
+            gradients' moments they lie there and weight the error.
+    """
+    found = decompose(
+        split_outputs(target, [member.out_features for member in group.members]),
+        metric,
+        gradients_of(group, factors_file(folder, group.block)),
+        max_rank=rank,
+        output_damping=recipe.compress.damping,
+    )
+    even = in_even_gauge(found, inputs)
+    return FactorPair(*mixed(even.a, even.b))
 
 
 def refactor_in_sequence(
@@ -65,20 +89,13 @@ def refactor_in_sequence(
             new = split_outputs(target.float(), sizes)
             made.update({f"{m.name}.weight": w for m, w in zip(group.members, new, strict=True)})
             return new
-        found = decompose(
-            split_outputs(target, sizes),
-            metric,
-            gradients_of(group, factors_file(folder, group.block)),
-            max_rank=rank,
-            output_damping=recipe.compress.damping,
-        )
-        a, b = _in_gauge(found, moments.compressed)
-        second = split_outputs(b, sizes)
-        made[f"{group.leader}.lr_a.weight"] = a
+        pair = pair_in_sequence(recipe, group, target, metric, moments.compressed, rank, folder)
+        second = split_outputs(pair.b, sizes)
+        made[f"{group.leader}.lr_a.weight"] = pair.a
         made.update(
             {f"{m.name}.lr_b.weight": b for m, b in zip(group.members, second, strict=True)}
         )
-        return [part @ a for part in second]
+        return [part @ pair.a for part in second]
 
     walk = Walk(
         model.weights,

@@ -260,7 +260,7 @@ def _assemble(
     embedding = compress.embedding_of(plan, structure)
     shutil.rmtree(checkpoint, ignore_errors=True)
     config = both_rope_forms(compressed_config(model.checkpoint.config, low_rank, embedding))
-    if job.recipe.compress.sequential:
+    if recipe.compress.sequential and not recipe.compress.by_bytes:  # else with the types' noise
         made = refactor_in_sequence(job, model, plan, tokens, factors)
         replaced = fitted_dense(model, plan)
     else:

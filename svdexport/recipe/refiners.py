@@ -7,8 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from svdexport.recipe.section import Section
-
-Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+from svdexport.recipe.values import Precision
 
 
 class Training(Section):

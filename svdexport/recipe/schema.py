@@ -30,7 +30,7 @@ from svdexport.recipe.settings import (
     settings_of,
     settings_schema,
 )
-from svdexport.recipe.values import Bytes, RecipePath
+from svdexport.recipe.values import Bytes, Precision, RecipePath
 
 
 def _one_or_more(value: Any) -> Any:
@@ -75,6 +75,9 @@ class Calibration(_Section):
     length: int = Field(default=512, ge=8, le=10**6)
     seed: int = Field(default=0, ge=0, lt=2**32)
     batch: int = Field(default=8, ge=1, le=4096)
+    precision: Precision = Field(
+        default="auto", description="of the model's products; statistics are summed in float64"
+    )
 
     @model_validator(mode="after")
     def _source_given(self) -> Calibration:
@@ -197,11 +200,6 @@ class Compress(_Section):
     def _in_sequence(self) -> Compress:
         if self.sequential and self.method not in SEQUENTIAL:
             raise ValueError(f"sequential: true goes with method {', '.join(SEQUENTIAL)}")
-        if self.sequential and self.by_bytes:
-            raise ValueError(
-                "sequential: true goes with budget param_ratio or speedup: a byte budget chooses "
-                "types by the losses of factors that would be made anew"
-            )
         return self
 
     @model_validator(mode="after")
@@ -221,12 +219,20 @@ class Quantize(_Section):
     inputs, then visits the columns ``sweeps`` times again; ``rtn`` rounds to nearest with scales
     searched by the inputs' mean squares. ``damping`` is added to the moments, as a share of their
     mean. ``order``: columns by falling mean square of their input, or from left to right.
+    ``sequential``: each linear is fitted anew to what it meets behind those quantised before it.
     """
 
     algorithm: Literal["gptq", "rtn"] = "gptq"
     damping: float = Field(default=0.001, ge=0, le=10)
     order: Literal["activation", "natural"] = "activation"
     sweeps: int = Field(default=1, ge=0, le=100)
+    sequential: bool = False
+
+    @model_validator(mode="after")
+    def _sequential_with_gptq(self) -> Quantize:
+        if self.sequential and self.algorithm != "gptq":
+            raise ValueError("sequential: true goes with algorithm: gptq")
+        return self
 
 
 class Evaluate(_Section):
@@ -314,6 +320,11 @@ class Recipe(_Section):
             raise ValueError(
                 "compress.budget.bytes needs method: kfac_svd, whose losses compare across "
                 "layers, and a quantize section"
+            )
+        if self.compress.sequential and not self.quantize.sequential:
+            raise ValueError(
+                "compress.sequential with a budget in bytes needs quantize.sequential: true, where "
+                "the pairs are made anew together with their types' rounding"
             )
         return self
 

@@ -1,12 +1,15 @@
-"""Values of recipes that are written as text: sizes in bytes, and paths beside the recipe."""
+"""Values that several sections have: sizes in bytes, paths beside the recipe, precisions."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationInfo, WithJsonSchema
+
+# bfloat16 for the products of a model that runs; ``auto`` takes it where the processor has it
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KIB": 2**10,

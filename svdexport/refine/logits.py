@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from svdexport.core.precision import choose, products_in
 from svdexport.recipe.refiners import Training
 from svdexport.refine.base import Decoder, RefineData
 from svdexport.refine.divergence import divergence_of_hidden
 from svdexport.refine.pairs import shared_products
-from svdexport.refine.precision import choose, products_in
 from svdexport.refine.text import TeacherStates, batch_of, split
 from svdexport.refine.training import TIME_LIMIT, Course, Schedule, Task, train
 

@@ -43,23 +43,26 @@ class EncoderRuntime:
             raise MissingExtraError("onnx", "running an ONNX model") from None
         self.path = path
         self.threads = threads
-        file = model_file(path)
-        check_onnx(file)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        try:
-            self._session = ort.InferenceSession(
-                str(file), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime has one exception class per cause, none of ours
-            raise InputError(f"{file}: onnxruntime cannot load it ({error})") from None
+        self._ort, self._file = ort, model_file(path)
+        check_onnx(self._file)
+        self._load()
         self._inputs = {value.name for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         self.vocab_size = int(config["vocab_size"])
         self._tokenizer: Any = None
+
+    def _load(self) -> None:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session: Any = self._ort.InferenceSession(
+                str(self._file), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime has one exception class per cause, none of ours
+            raise InputError(f"{self._file}: onnxruntime cannot load it ({error})") from None
 
     def _run(self, output: str, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         feeds = {
@@ -115,6 +118,9 @@ class EncoderRuntime:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.path)
         return self._tokenizer
+
+    def reload(self) -> None:
+        self._load()
 
     def close(self) -> None:
         self._session = None

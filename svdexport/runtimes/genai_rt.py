@@ -37,18 +37,22 @@ class GenaiRuntime:
         settings = _read_settings(path)
         check_onnx(path)
         self.vocab_size = int(settings["model"]["vocab_size"])
+        self._load()
+        self._end = end_tokens(path)
+        self._tokenizer: Any = None
+
+    def _load(self) -> None:
+        options = {"intra_op_num_threads": self.threads}
         overlay = {
-            "model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}},
+            "model": {"decoder": {"session_options": options}},
             "search": {"do_sample": False, "num_beams": 1},
         }
         try:
-            config = genai.Config(str(path))
+            config = self._genai.Config(str(self.path))
             config.overlay(json.dumps(overlay))
-            self._model = genai.Model(config)
+            self._model = self._genai.Model(config)
         except Exception as error:  # genai raises RuntimeError subclasses of its own
-            raise InputError(f"{path}: onnxruntime-genai cannot load it ({error})") from None
-        self._end = end_tokens(path)
-        self._tokenizer: Any = None
+            raise InputError(f"{self.path}: onnxruntime-genai cannot load it ({error})") from None
 
     def _generator(self, length: int) -> Any:
         parameters = self._genai.GeneratorParams(self._model)
@@ -118,6 +122,10 @@ class GenaiRuntime:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.path)
         return self._tokenizer
+
+    def reload(self) -> None:
+        self.close()
+        self._load()
 
     def close(self) -> None:
         del self._model

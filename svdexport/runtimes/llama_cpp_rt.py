@@ -61,19 +61,10 @@ class LlamaCppRuntime:
         quiet_log(self._lib)
         if holds_pairs(path) and not supports_low_rank():
             raise InputError(f"{path}: {NEEDS_PAIRS}")
-        _said.clear()
-        params = self._lib.llama_model_default_params()
-        params.n_gpu_layers = 0
-        self._model = self._lib.llama_model_load_from_file(str(path).encode(), params)
-        if not self._model:
-            raise InputError(f"{path}: llama.cpp cannot load it: {_last_said()}")
-        self._ctx = self._open_context(exact)
-        self._vocab = self._lib.llama_model_get_vocab(self._model)
-        self.vocab_size = int(self._lib.llama_vocab_n_tokens(self._vocab))
         beside = adapter_of(path)
-        given = adapters or ([beside] if beside else [])
-        self._adapters = [self._open_adapter(adapter) for adapter in given]
-        self._apply_adapters()
+        self._exact, self._given = exact, adapters or ([beside] if beside else [])
+        self._load()
+        self.vocab_size = int(self._lib.llama_vocab_n_tokens(self._vocab))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Tokens (T,) -> float32 logits (T, vocab) from an empty cache."""
@@ -136,6 +127,22 @@ class LlamaCppRuntime:
                 return out.raw[:n].decode("utf-8", errors="replace")
             room = -n
         raise InputError(f"{self.path}: its tokenizer cannot turn these tokens into text")
+
+    def _load(self) -> None:
+        _said.clear()
+        params = self._lib.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self._model = self._lib.llama_model_load_from_file(str(self.path).encode(), params)
+        if not self._model:
+            raise InputError(f"{self.path}: llama.cpp cannot load it: {_last_said()}")
+        self._ctx = self._open_context(self._exact)
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self._adapters = [self._open_adapter(adapter) for adapter in self._given]
+        self._apply_adapters()
+
+    def reload(self) -> None:
+        self.close()
+        self._load()
 
     def close(self) -> None:
         """Free the model; the object is not to be used after."""

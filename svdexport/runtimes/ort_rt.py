@@ -231,6 +231,11 @@ class OrtRuntime:
             self._tokenizer = load_tokenizer(self._folder)
         return self._tokenizer
 
+    def reload(self) -> None:
+        self.close()
+        self._open(self._last)
+        self._reset(0)
+
     def close(self) -> None:
         self._session, self._cache = None, {}
 

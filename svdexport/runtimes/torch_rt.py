@@ -78,6 +78,9 @@ class TorchRuntime:
     def detokenize(self, tokens: Sequence[int]) -> str:
         return str(self._text().decode(list(tokens)))
 
+    def reload(self) -> None:
+        """Nothing: the weights may be those of a model that others hold, and loading is slow."""
+
     def close(self) -> None:
         self.model = None
 

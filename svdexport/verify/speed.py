@@ -5,6 +5,10 @@ warmed up and then timed in turn, A B A B ..., so that a slow phase of the machi
 them alike; the ratio is taken within a round. A round in which anything else disturbed any of
 them is marked (see `noise`) and repeated, up to twice the number of rounds asked for. Where more
 than a third of the rounds is marked, the metric's verdict is `inconclusive`, whatever its ratio.
+
+The rounds come in three parts, and before each the artifacts are loaded anew: where their memory
+happens to lie, and how fast the machine happens to be for a minute, moves a ratio by more than
+rounds side by side differ. The interval is one over parts and rounds.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -33,6 +38,7 @@ from svdexport.verify import noise
 from svdexport.verify.bootstrap import median_interval
 
 MIN_ROUNDS = 9
+PARTS = 3
 MAX_DISTURBED = 1 / 3
 # An interval that lies above this is "not slower": a file against itself must not come out as
 # slower or undecided because of one percent of jitter.
@@ -73,7 +79,11 @@ def measure(
     metrics = _metrics(runtimes, settings)
     gc.collect()
     with no_garbage_collection():
-        tables = [_measure_metric(runtimes, metric, settings, progress) for metric in metrics]
+        rounds = _measure_parts(runtimes, metrics, settings, progress)
+    tables = [
+        [_timing(i, metric, rounds[metric.name], settings.seed) for i in range(len(runtimes))]
+        for metric in metrics
+    ]
     artifacts = tuple(
         _artifact(i, runtimes, [table[i] for table in tables]) for i in range(len(runtimes))
     )
@@ -135,24 +145,55 @@ def _metrics(runtimes: Sequence[Runtime], settings: SpeedSettings) -> list[_Metr
     return metrics
 
 
-def _measure_metric(
+def _measure_parts(
     runtimes: Sequence[Runtime],
-    metric: _Metric,
+    metrics: Sequence[_Metric],
     settings: SpeedSettings,
     progress: Progress | None,
-) -> list[Timing]:
+) -> dict[str, list[list[Sample]]]:
+    """Rounds by metric, a sample for each runtime in each."""
+    found: dict[str, list[list[Sample]]] = {metric.name: [] for metric in metrics}
+    parts = min(PARTS, settings.rounds)
+    for part in range(parts):
+        if part:
+            for runtime in runtimes:
+                runtime.reload()
+        before, upto = (settings.rounds * i // parts for i in (part, part + 1))
+        for metric in metrics:
+            rounds = found[metric.name]
+            if rounds and all(any(s.disturbed for s in r) for r in rounds):
+                continue  # more of them would not make it conclusive
+            tell = partial(_tell, progress, metric.name, before, upto, settings.rounds)
+            rounds += _measure_rounds(runtimes, metric, settings.threads, part, upto - before, tell)
+    return found
+
+
+def _tell(
+    progress: Progress | None, name: str, before: int, upto: int, total: int, done: int
+) -> None:
+    if progress is not None:
+        progress(name, min(before + done, upto), total)
+
+
+def _measure_rounds(
+    runtimes: Sequence[Runtime],
+    metric: _Metric,
+    threads: int,
+    part: int,
+    wanted: int,
+    tell: Callable[[int], None],
+) -> list[list[Sample]]:
     for runtime in runtimes:
         metric.call(runtime)
         metric.call(runtime)
     rounds: list[list[Sample]] = []
     start = time.monotonic()
-    while len(rounds) < 2 * settings.rounds:
-        if progress is not None:
-            progress(metric.name, len(rounds), max(settings.rounds, len(rounds) + 1))
-        rounds.append([_sample(runtime, metric, settings.threads) for runtime in runtimes])
-        if _enough(rounds, settings.rounds, time.monotonic() - start):
+    while len(rounds) < 2 * wanted:
+        tell(len(rounds))
+        rounds.append([_sample(runtime, metric, threads, part) for runtime in runtimes])
+        if _enough(rounds, wanted, time.monotonic() - start):
             break
-    return [_timing(index, metric, rounds, settings.seed) for index in range(len(runtimes))]
+    return rounds
 
 
 def _enough(rounds: list[list[Sample]], wanted: int, seconds: float) -> bool:
@@ -166,7 +207,7 @@ def _enough(rounds: list[list[Sample]], wanted: int, seconds: float) -> bool:
     return disturbed > MAX_DISTURBED * 2 * wanted
 
 
-def _sample(runtime: Runtime, metric: _Metric, threads: int) -> Sample:
+def _sample(runtime: Runtime, metric: _Metric, threads: int, part: int) -> Sample:
     """Call until the sample is long enough to be judged; a count fixed beforehand could take
     minutes where noise makes each call a hundred times slower."""
     time.sleep(SETTLE_SECONDS)
@@ -187,6 +228,7 @@ def _sample(runtime: Runtime, metric: _Metric, threads: int) -> Sample:
         preempted=delta.preempted,
         disturbed=bool(why),
         why=why,
+        part=part,
     )
 
 
@@ -205,7 +247,8 @@ def _timing(index: int, metric: _Metric, rounds: list[list[Sample]], seed: int) 
     speedup = None
     verdict: SpeedWord | None = None
     if index > 0:
-        speedup = median_interval([r[0].seconds / r[index].seconds for r in used], seed)
+        ratios = [r[0].seconds / r[index].seconds for r in used]
+        speedup = median_interval(ratios, seed, [r[0].part for r in used])
         verdict = judge(speedup, sum(marked), len(rounds))
     return Timing(
         metric.name, metric.tokens, metric.tokens / seconds, speedup, verdict, sum(marked), samples

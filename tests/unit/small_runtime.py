@@ -44,7 +44,7 @@ class SmallRuntime:
                 self.pairs.append((u[:, :rank] * s[:rank], v[:rank]))
         self.unembed = torch.randn(vocab, width, generator=rng) / width**0.5 * 3
         self.unembed += noise * torch.randn(vocab, width, generator=rng)
-        self.logit_calls = 0
+        self.logit_calls = self.reloads = 0
 
     def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(self.threads)
@@ -56,6 +56,9 @@ class SmallRuntime:
                 b, a = self.pairs[i]
                 x = torch.tanh((x @ a.T) @ b.T)
         return x @ self.unembed.T
+
+    def reload(self) -> None:
+        self.reloads += 1
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         self.logit_calls += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,9 +28,9 @@ from svdexport.models.shapes import shapes_of
 from svdexport.models.weights import StreamedWeights
 from svdexport.packed import PackedFolder, PackedWeight, write_packed
 from svdexport.pipeline.compress import one_rank_a_stack
-from svdexport.pipeline.factors import _check_experts
+from svdexport.pipeline.factors import chosen_groups
 from svdexport.pipeline.sizes import weight_bytes
-from svdexport.recipe import GgufExport
+from svdexport.recipe import GgufExport, load_recipe
 from svdexport.runtimes.ggml import quantize
 from svdexport.runtimes.gguf_file import GgufFile
 from svdexport.runtimes.llama_cpp_rt import LlamaCppRuntime
@@ -254,7 +253,19 @@ def test_tensors_of_mixtral_by_their_modules() -> None:
     assert module_name("l.0.mlp.experts.1.gate_proj.weight") == "l.0.mlp.experts.1.gate_proj.weight"
 
 
-def test_experts_in_sequence_are_refused(compressed: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = SimpleNamespace(compress=SimpleNamespace(sequential=True), refine=[])
-    with pytest.raises(RecipeError, match=r"compress\.sequential: cannot be used on the experts"):
-        _check_experts(recipe)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("compress.sequential=true", r"compress\.sequential"),
+        ("refine.method=sequential_ls", "refine sequential_ls"),
+        ("quantize.sequential=true", r"quantize\.sequential"),
+    ],
+)
+def test_experts_in_sequence_are_refused(
+    compressed: tuple[Path, Path], change: str, named: str
+) -> None:
+    """The compressed model may send a token to other experts than the original does."""
+    source, _ = compressed
+    recipe = load_recipe(source.parent / "recipe.yaml", [change])
+    with pytest.raises(RecipeError, match=f"{named}: cannot be used on the experts"):
+        chosen_groups(recipe, structure_of(source))

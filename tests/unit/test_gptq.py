@@ -129,6 +129,24 @@ def test_a_pair_gains_from_b_knowing_the_rounded_a() -> None:
     )
 
 
+def test_a_pairs_b_is_fitted_to_another_target_than_its_own_product() -> None:
+    """B = argmin ||T X - B Q(A) X||, by least squares over the inputs themselves."""
+    weight, _ = correlated(48, 64)
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(64, 400, generator=generator, dtype=torch.float64)
+    moment = inputs @ inputs.T
+    pair = FactorPair(torch.randn(16, 64, generator=generator), weight[:, :16].contiguous())
+    target = weight.double() + 0.1 * torch.randn(48, 64, generator=generator, dtype=torch.float64)
+    grid = NBitsGrid(8, 16, True)
+    first, second = gptq_pair(pair, moment, grid, grid, GptqConfig(), target)
+    seen = first.values.double() @ inputs
+    best = torch.linalg.lstsq(seen.T, (target @ inputs).T).solution.T
+    step = best.abs().max() / 127
+    assert (second.values.double() - best).abs().max() < 2 * step
+    own = best - pair.b.double()
+    assert own.abs().max() > 20 * step  # it is not the pair's own B that was rounded
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_onnx_grids_with_rows_that_do_not_fill_a_block(bits: int, symmetric: bool) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from svdexport import api
 from svdexport.checkpoint import Checkpoint
 from svdexport.core.grids_gguf import GRIDS
 from svdexport.core.grids_onnx import NBitsGrid, PackedNBits, dequantize, unpack
 from svdexport.export import exporter
+from svdexport.models.loader import load_model
 from svdexport.packed import PackedFolder
 from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import load_recipe
@@ -101,6 +103,38 @@ def test_a_dense_file_of_the_same_size_is_nearer_to_the_model_than_ggmls(place: 
         assert not any(np.array_equal(ours[name], theirs[name]) for name in packed.kinds)
         for name in set(ours) - set(packed.kinds):
             np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compress", ["{method: none}", PAIRS])
+def test_in_sequence_the_model_comes_nearer_to_the_original(place: Path, compress: str) -> None:
+    """Each linear makes up for what was lost before it: seen in the last hidden states."""
+    kind = "pairs" if compress == PAIRS else "plain"
+    gguf: Any = exporter("gguf")
+    distances = []
+    for more in ("", ", sequential: true"):
+        (file,), work = exported(
+            place,
+            f"{kind}-{bool(more)}",
+            compress=compress,
+            algorithm=f"gptq{more}",
+            exports="{format: gguf, type: Q4_0}",
+        )
+        tokens = load_file(work / "tokens.safetensors")["calibration"]
+        folder = place / "model" if kind == "plain" else work / "checkpoint"
+        model = load_model(folder)
+        read = gguf.read_back(file, Checkpoint.open(folder), place / "model", None, work / "base")
+        values = {name: torch.from_numpy(array.copy()) for name, array in read}
+        assert not model.load_state_dict(values, strict=False).unexpected_keys
+        wanted = last_hidden(load_model(place / "model"), tokens)
+        distances.append(float((last_hidden(model, tokens) - wanted).norm()))
+    assert distances[1] < 0.95 * distances[0]
+
+
+def last_hidden(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(tokens, output_hidden_states=True).hidden_states[-1]
+    return found
 
 
 def test_a_budget_belongs_to_compression(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def test_settings_belong_to_one_method(path: Path) -> None:
         (
             "{method: kfac_svd, sequential: true, budget: {bytes: 1MB}}",
             "quantize: {algorithm: gptq}\nexport: [{format: gguf, type: mixed}]",
-            "sequential: true goes with budget",
+            "needs quantize.sequential: true",
         ),
     ],
 )

@@ -113,7 +113,7 @@ def test_report_keeps_raw_samples_and_the_keys_of_bench(tmp_path: Path) -> None:
     data = dataclasses.asdict(candidate)
     assert set(data["prefill_speedup"]) == {"median", "low", "high"}
     for timing_a, timing_b in zip(base.timings, candidate.timings, strict=True):
-        assert 7 <= len(timing_a.samples) == len(timing_b.samples) <= 2 * SETTINGS.rounds
+        assert 3 <= len(timing_a.samples) == len(timing_b.samples) <= 2 * SETTINGS.rounds
         assert all(s.seconds > 0 and s.span >= s.seconds for s in timing_b.samples)
         marked = [s.disturbed for s in timing_b.samples]
         assert [s.disturbed for s in timing_a.samples] == marked
@@ -228,6 +228,29 @@ def test_bootstrap_equals_the_plain_loop() -> None:
     assert got.low == pytest.approx(np.percentile(medians, 2.5))
     assert got.high == pytest.approx(np.percentile(medians, 97.5))
     assert got == bootstrap.median_interval(values, 7)
+
+
+def test_rounds_come_in_parts_and_files_are_loaded_anew_for_each(tmp_path: Path) -> None:
+    runtimes = pair_of_runtimes(tmp_path, 1, width=16)
+    report = speed.measure(runtimes, dataclasses.replace(SETTINGS, rounds=10))
+    assert [runtime.reloads for runtime in runtimes] == [speed.PARTS - 1] * 2
+    for timing in report.artifacts[1].timings:
+        parts = [sample.part for sample in timing.samples if not sample.disturbed]
+        assert parts == sorted(parts)
+        if not timing.disturbed_rounds:
+            assert [parts.count(part) for part in range(speed.PARTS)] == [3, 3, 4]
+
+
+def test_the_interval_holds_what_parts_differ_by() -> None:
+    """Rounds of a part that agree with each other say nothing about the next part."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate([center + rng.normal(0, 0.002, 5) for center in (1.1, 1.2, 1.3)])
+    parts = [0] * 5 + [1] * 5 + [2] * 5
+    together, alone = (bootstrap.median_interval(values, 3, p) for p in (parts, None))
+    assert together.median == alone.median
+    assert together.low < 1.105 and together.high > 1.295
+    one = bootstrap.median_interval(values[:5], 3, parts[:5])
+    assert one == bootstrap.median_interval(values[:5], 3)
 
 
 def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> None:

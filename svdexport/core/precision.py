@@ -1,4 +1,4 @@
-"""The precision of a training step's products: bfloat16 where the processor multiplies in it."""
+"""The precision of a model's own products: bfloat16 where the processor multiplies in it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
-from svdexport.recipe.refiners import Precision
+from svdexport.recipe.values import Precision
 
 BF16_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
-def choose(precision: Precision, device: torch.device) -> torch.dtype:
+CPU = torch.device("cpu")
+
+
+def choose(precision: Precision, device: torch.device = CPU) -> torch.dtype:
     """The dtype for ``auto``: what the hardware says, not a stopwatch, so that reruns agree."""
     if precision != "auto":
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
@@ -24,7 +27,9 @@ def choose(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has else torch.float32
 
 
-def products_in(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def products_in(
+    dtype: torch.dtype, device: torch.device = CPU
+) -> contextlib.AbstractContextManager[Any]:
     """Matrix products in ``dtype``; weights, norms and the residual stream stay float32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
