@@ -65,7 +65,9 @@ def sentence(result: GateResult) -> str:
         return f"{where}{result.name}: {result.detail}"
     word = "is inconclusive" if result.inconclusive else "failed"
     why = f" ({result.detail})" if result.detail else ""
-    return f"{where}{result.name} {word}: {result.value:.4g} against {result.limit:.4g}{why}"
+    form = ",.0f" if result.kind == "size" else ".4g"
+    figures = f"{result.value:{form}} against {result.limit:{form}}"
+    return f"{where}{result.name} {word}: {figures}{why}"
 
 
 def _gates_of(gates: Gates, one: Measured) -> Iterator[GateResult]:

@@ -175,7 +175,7 @@ def test_every_artifact_is_judged() -> None:
     large = dataclasses.replace(measured(), path="large", bytes=2000)
     results, verdict = gate.judge(GOOD, [measured(), large])
     assert verdict.exit_code == EXIT_SPEED
-    assert verdict.reasons == ("large: max_bytes failed: 2000 against 1000",)
+    assert verdict.reasons == ("large: max_bytes failed: 2,000 against 1,000",)
     assert len(results) == 16
 
 
