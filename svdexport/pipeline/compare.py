@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import tempfile
 import time
@@ -30,7 +31,7 @@ from svdexport.pipeline.factors import Factorizer, moments_for
 from svdexport.pipeline.reporter import Reporter
 from svdexport.pipeline.trials import measured
 from svdexport.recipe import Compress, Recipe, did_you_mean
-from svdexport.report.comparison import Comparison, Entry, Figure, write
+from svdexport.report.comparison import Comparison, Entry, Figure, earlier, write
 from svdexport.runtimes.torch_rt import TorchRuntime
 from svdexport.verify.quality import evaluate
 
@@ -66,7 +67,7 @@ CONTENDERS = (
     Contender("svd_llm, grouped", "svd_llm", group=True),
     Contender("svd_llm_v2", "svd_llm_v2", "svd_llm_v2"),
     Contender("adasvd", "adasvd", "adacr"),
-    Contender("dobi_svd", "dobi_svd", "dobi_svd", allocation=(("iterations", 8), ("samples", 8))),
+    Contender("dobi_svd", "dobi_svd", "dobi_svd", allocation=(("iterations", 4), ("samples", 4))),
     Contender("kfac_svd", "kfac_svd", "greedy"),
     Contender("kfac_svd, grouped", "kfac_svd", "greedy", group=True),
 )
@@ -84,7 +85,8 @@ def compare(
 
     One calibration pass collects the statistics of all contenders; contenders that differ only in
     their allocation share their factors. ``compare.json``, ``compare.md`` and ``compare.svg`` in
-    ``out`` are rewritten as figures come in. Factors lie in a folder beside them, removed at the
+    ``out`` are rewritten as figures come in; those that are there already, of the same contenders
+    on the same tokens, are not taken again. Factors lie in a folder beside them, removed at the
     end.
 
     Args:
@@ -118,12 +120,14 @@ def _compare(
             recipe.calibration, recipe.evaluate, model, tokenizer, reporter.progress
         )
     place = _Place(recipe, source.folder, model, discover(model), calibration, windows, threads)
-    recipes = {c.label: place.recipe_of(c, ratios[0]) for c in chosen}
+    done = place.done(earlier(out, place.identity(ratios)))
+    recipes = {c.label: place.recipe_of(c, ratios[0]) for c in chosen if c.label not in done}
     with reporter.stage("dense"):
         dense = place.perplexity()
     with reporter.stage("factors"):
         folders = place.factorize(recipes, work, reporter)
     found = Comparison(
+        identity=place.identity(ratios),
         model=source.given.name,
         dense=dense,
         ratios=tuple(ratios),
@@ -132,18 +136,13 @@ def _compare(
         machine=describe(),
         entries=(),
     )
-    for contender in chosen:
-        with reporter.stage(contender.label):
-            figures = place.figures(contender, ratios, folders[contender.label], reporter)
-        entry = Entry(
-            contender.label,
-            METHODS[contender.method].source,
-            contender.method,
-            contender.allocate,
-            contender.group,
-            figures,
-        )
-        found = dataclasses.replace(found, entries=(*found.entries, entry))
+    for contender in CONTENDERS:
+        if contender in chosen and contender.label not in done:
+            with reporter.stage(contender.label):
+                figures = place.figures(contender, ratios, folders[contender.label], reporter)
+            done[contender.label] = place.entry(contender, figures)
+        order = [c.label for c in CONTENDERS if c.label in done]
+        found = dataclasses.replace(found, entries=tuple(done[label] for label in order))
         write(found, out)
     return found
 
@@ -186,6 +185,43 @@ class _Place:
         if given.allocate == contender.allocate:
             own["allocation"] = given.allocation.model_dump()
         return self.recipe.model_copy(update={"compress": Compress.model_validate(base | own)})
+
+    def identity(self, ratios: Sequence[float]) -> str:
+        """Of what all contenders share, so that figures of another run can stand beside these."""
+        own = {"method", "settings", "allocate", "allocation", "group", "budget", "sequential"}
+        shared = [
+            self.recipe.compress.model_dump(mode="json", exclude=own),
+            self.recipe.calibration.precision,
+            list(ratios),
+        ]
+        digest = hashlib.sha256(json.dumps(shared).encode())
+        for tokens in (self.calibration, self.windows):
+            digest.update(tokens.numpy().tobytes())
+        weight = next(self.model.parameters())  # the embedding stands for the model
+        digest.update(weight.detach().float().numpy().tobytes())
+        return digest.hexdigest()
+
+    def entry(self, contender: Contender, figures: tuple[Figure, ...]) -> Entry:
+        compress = self.recipe_of(contender, 1.0).compress
+        return Entry(
+            contender.label,
+            METHODS[contender.method].source,
+            contender.method,
+            compress.settings.model_dump(mode="json"),
+            contender.allocate,
+            compress.allocation.model_dump(mode="json"),
+            contender.group,
+            figures,
+        )
+
+    def done(self, entries: Sequence[Entry]) -> dict[str, Entry]:
+        """Earlier entries of contenders that are what they were, by label."""
+        wanted = {c.label: self.entry(c, ()) for c in CONTENDERS}
+        return {
+            entry.label: entry
+            for entry in entries
+            if dataclasses.replace(entry, figures=()) == wanted.get(entry.label)
+        }
 
     def factorize(
         self, recipes: dict[str, Recipe], work: Path, reporter: Reporter

@@ -321,6 +321,11 @@ class Recipe(_Section):
                 "compress.budget.bytes needs method: kfac_svd, whose losses compare across "
                 "layers, and a quantize section"
             )
+        if self.compress.allocate != "greedy":
+            raise ValueError(
+                "compress.budget.bytes chooses rank and type of every matrix itself; leave out "
+                f"allocate: {self.compress.allocate}"
+            )
         if self.compress.sequential and not self.quantize.sequential:
             raise ValueError(
                 "compress.sequential with a budget in bytes needs quantize.sequential: true, where "

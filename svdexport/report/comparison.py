@@ -31,15 +31,22 @@ class Entry:
     label: str
     source: str
     method: str
+    settings: dict[str, Any]
     allocate: str
+    allocation: dict[str, Any]
     group: bool
     figures: tuple[Figure, ...]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All figures, taken on the same tokens; perplexities by torch in float32."""
+    """All figures, taken on the same tokens; perplexities by torch in float32.
 
+    Attributes:
+        identity: hash of what all entries share: the model, the tokens, the recipe's own keys.
+    """
+
+    identity: str
     model: str
     dense: float
     ratios: tuple[float, ...]
@@ -54,6 +61,20 @@ def write(found: Comparison, folder: Path) -> None:
     write_atomic(folder / "compare.json", json.dumps(dataclasses.asdict(found), indent=1) + "\n")
     write_atomic(folder / "compare.md", table(found))
     write_atomic(folder / "compare.svg", picture(found))
+
+
+def earlier(folder: Path, identity: str) -> tuple[Entry, ...]:
+    """Entries of a comparison of the same things that the folder holds; none without one."""
+    file = folder / "compare.json"
+    if not file.exists():
+        return ()
+    data = json.loads(file.read_text(encoding="utf-8"))
+    if data.get("identity") != identity:
+        return ()
+    return tuple(
+        Entry(**entry | {"figures": tuple(Figure(**figure) for figure in entry["figures"])})
+        for entry in data["entries"]
+    )
 
 
 def table(found: Comparison) -> str:

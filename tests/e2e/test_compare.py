@@ -77,13 +77,32 @@ def test_an_unknown_method_or_ratio_is_refused(recipe: Path) -> None:
         api.compare(recipe, recipe.parent / "no", ratios=[1.5])
 
 
+def test_what_was_measured_on_the_same_tokens_is_not_measured_again(recipe: Path) -> None:
+    def entries(*labels: str, change: str = "calibration.precision=float32") -> dict[str, object]:
+        out = recipe.parent / "resumed"
+        api.compare(recipe, out, [change], ratios=[0.7], labels=labels)
+        found = json.loads((out / "compare.json").read_text())["entries"]
+        return {entry["label"]: entry for entry in found}
+
+    first = entries("svd_llm")
+    second = entries("svd_llm", "svd")
+    assert list(second) == ["svd", "svd_llm"]
+    assert second["svd_llm"] == first["svd_llm"]  # to the seconds that it took
+    third = entries("fwsvd", change="calibration.samples=3")
+    assert list(third) == ["fwsvd"]  # other tokens: what was there cannot stand beside it
+
+
+def entry_of(label: str, allocate: str, figure: Figure) -> Entry:
+    return Entry(label, "source", "svd", {}, allocate, {}, False, (figure,))
+
+
 def test_the_table_and_the_picture_hold_every_figure() -> None:
     entries = tuple(
-        Entry(c.label, "source", c.method, c.allocate, c.group, (Figure(0.8, 0.79, 30.0 * i, 1.0),))
+        entry_of(c.label, c.allocate, Figure(0.8, 0.79, 30.0 * i, 1.0))
         for i, c in enumerate(CONTENDERS, start=1)
     )
-    broken = Entry("x < y", "s", "svd", "uniform", False, (Figure(0.8, 0.8, float("inf"), 1.0),))
-    found = Comparison("model", 23.6, (0.8,), 1, 1, {}, (*entries, broken))
+    broken = entry_of("x < y", "uniform", Figure(0.8, 0.8, float("inf"), 1.0))
+    found = Comparison("0", "model", 23.6, (0.8,), 1, 1, {}, (*entries, broken))
     lines = table(found).splitlines()
     assert len([line for line in lines if line.startswith("|")]) == 2 + len(entries) + 1
     assert "| svd | uniform | 30 (0.790) |" in lines

@@ -315,6 +315,11 @@ def test_settings_belong_to_one_method(path: Path) -> None:
             "quantize: {algorithm: gptq}\nexport: [{format: gguf, type: mixed}]",
             "needs quantize.sequential: true",
         ),
+        (
+            "{method: kfac_svd, allocate: asvd, budget: {bytes: 1MB}}",
+            "quantize: {algorithm: gptq}\nexport: [{format: gguf, type: mixed}]",
+            "leave out allocate: asvd",
+        ),
     ],
 )
 def test_what_does_not_go_together(tmp_path: Path, compress: str, rest: str, words: str) -> None:
