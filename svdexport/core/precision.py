@@ -27,6 +27,11 @@ def choose(precision: Precision, device: torch.device = CPU) -> torch.dtype:
     return torch.bfloat16 if has else torch.float32
 
 
+def in_full() -> contextlib.AbstractContextManager[Any]:
+    """Products as their operands are, also where ``products_in`` is at work around it."""
+    return torch.autocast(CPU.type, enabled=False)
+
+
 def products_in(
     dtype: torch.dtype, device: torch.device = CPU
 ) -> contextlib.AbstractContextManager[Any]:

@@ -25,7 +25,7 @@ from svdexport.core.moments import (
     Moment,
     Statistic,
 )
-from svdexport.core.precision import choose, products_in
+from svdexport.core.precision import choose, in_full, products_in
 from svdexport.core.ranks import ALONE, Ranks
 from svdexport.errors import InputError
 from svdexport.models.activations import Activations
@@ -267,8 +267,9 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
             def note(
                 _m: Any, args: Any, _k: Any, adders: list[Callable[[Tensor], None]] = adders
             ) -> None:
-                for add in adders:
-                    add(args[0])
+                with in_full():  # a product's sums in bfloat16 would drown small eigenvalues
+                    for add in adders:
+                        add(args[0])
 
             leader = self.model.get_submodule(group.leader)
             hook = leader.register_forward_pre_hook(note, with_kwargs=True)

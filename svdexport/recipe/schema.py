@@ -76,7 +76,7 @@ class Calibration(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     batch: int = Field(default=8, ge=1, le=4096)
     precision: Precision = Field(
-        default="auto", description="of the model's products; statistics are summed in float64"
+        default="float32", description="of the model's products; statistics are never in less"
     )
 
     @model_validator(mode="after")

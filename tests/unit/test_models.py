@@ -191,6 +191,34 @@ def test_moments_of_streaming_are_those_of_one_pass(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_moments_of_a_bfloat16_model_are_not_summed_in_bfloat16(
+    gradients: bool, tmp_path: Path
+) -> None:
+    """The inputs are rounded, their moment is not: rounded sums make small eigenvalues negative."""
+    wanted: Any = {"inputs", "rows"} | ({"gradients"} if gradients else set())
+    model = llama()
+    found = calibrate(
+        model,
+        discover(model),
+        TOKENS,
+        batch=4,
+        statistics=wanted,
+        scratch=tmp_path,
+        keep_rows=TOKENS.numel(),
+        precision="bfloat16",
+    )
+    rounded = 0
+    for moments in found:
+        for name, moment in moments.inputs.items():
+            rows = moments.rows[name].double()
+            exact = rows.T @ rows
+            scale = exact.diagonal().sqrt()
+            assert ((moment.matrix - exact).abs() <= 1e-6 * scale[:, None] * scale).all()
+            rounded += bool((rows == rows.bfloat16().double()).all())
+    assert rounded  # the model did multiply in bfloat16
+
+
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_fisher_mean_abs_and_similarity_of_streaming_are_those_of_one_pass(
     make: Any, tmp_path: Path
