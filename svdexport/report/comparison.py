@@ -123,7 +123,8 @@ def picture(found: Comparison) -> str:
     for tick in _ticks(x):
         at = x.at(tick)
         parts.append(_line(at, TOP - 8, at, bottom, "#ddd"))
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:,}</text>')
+        place = f'x="{at:.1f}" y="{bottom + 16}" text-anchor="middle"'
+        parts.append(f"<text {place}>{_tick(tick)}</text>")
     at = x.at(found.dense)
     parts.append(_line(at, TOP - 8, at, bottom, "#555"))
     parts.append(f'<text x="{at:.1f}" y="{TOP - 12}" text-anchor="middle">dense</text>')
@@ -149,6 +150,14 @@ def _ticks(x: Scale) -> list[int]:
     within = [tick for tick in all_ticks if x.low <= tick <= x.high]
     tens = [tick for tick in within if str(tick).strip("0") == "1"]
     return tens if len(within) > 9 and tens else within
+
+
+def _tick(value: int) -> str:
+    """A tick's label; long numbers, which would run into each other, as powers: 2e6."""
+    if value < 100_000:
+        return f"{value:,}"
+    power = math.floor(math.log10(value))
+    return f"{value // 10**power}e{power}"
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
