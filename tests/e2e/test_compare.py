@@ -15,8 +15,7 @@ from svdexport.checkpoint import Checkpoint
 from svdexport.errors import RecipeError
 from svdexport.pipeline.compare import CONTENDERS
 from svdexport.report.comparison import Comparison, Entry, Figure, picture, table
-from tests.e2e.test_methods import RECIPE, checked
-from tests.unit.gguf_models import WORDS, make_model
+from tests.e2e.test_methods import checked, written_recipe
 
 PAPERS = sorted((Path(__file__).parents[2] / "recipes" / "papers").glob("*.yaml"))
 # the sizes, cut: what a paper's recipe needs besides a model and a text
@@ -31,11 +30,7 @@ MORE = {
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("compare")
-    make_model(folder / "model", "Llama", hidden_size=64, intermediate_size=96)
-    (folder / "text.txt").write_text(WORDS * 60)
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder / "recipe.yaml"
+    return written_recipe(tmp_path_factory.mktemp("compare"))
 
 
 def test_compare_gives_the_perplexity_of_the_compressed_checkpoints(

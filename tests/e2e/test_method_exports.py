@@ -17,8 +17,8 @@ from svdexport.runtimes.base import Runtime
 from svdexport.runtimes.ggml import supports_low_rank
 from svdexport.runtimes.llama_cpp_rt import LlamaCppRuntime
 from svdexport.runtimes.ort_rt import OrtRuntime
-from tests.e2e.test_methods import RECIPE, checked
-from tests.unit.gguf_models import WORDS, make_model, torch_logits
+from tests.e2e.test_methods import checked, written_recipe
+from tests.unit.gguf_models import torch_logits
 
 TOKENS = np.random.default_rng(0).integers(3, 259, 40)
 OF_LINEARS = sorted(name for name, method in METHODS.items() if not method.embedding)
@@ -26,11 +26,7 @@ OF_LINEARS = sorted(name for name, method in METHODS.items() if not method.embed
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("method-exports")
-    make_model(folder / "model", "Llama", hidden_size=64, intermediate_size=96)
-    (folder / "text.txt").write_text(WORDS * 60)
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder / "recipe.yaml"
+    return written_recipe(tmp_path_factory.mktemp("method-exports"))
 
 
 def written(recipe: Path, made: Checkpoint, spec: Export, suffix: str = "") -> Path:

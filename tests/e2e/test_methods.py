@@ -27,13 +27,17 @@ QUICK = {
 }
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("methods")
+def written_recipe(folder: Path) -> Path:
+    """The recipe above in a folder, with its model and text."""
     make_model(folder / "model", "Llama", hidden_size=64, intermediate_size=96)
     (folder / "text.txt").write_text(WORDS * 60)
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written_recipe(tmp_path_factory.mktemp("methods"))
 
 
 def checked(recipe: Path, name: str, *overrides: str) -> Checkpoint:

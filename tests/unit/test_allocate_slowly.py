@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,8 +83,13 @@ def check(
         assert rank is None or high is None or rank <= high
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("ratio", "multiple"), [(0.4, 1), (0.6, 4), (0.8, 8)])
+def of_many_sizes(test: Callable[..., None]) -> Callable[..., None]:
+    """A test at four sets of linears, each at three ratios and multiples."""
+    sized = pytest.mark.parametrize(("ratio", "multiple"), [(0.4, 1), (0.6, 4), (0.8, 8)])(test)
+    return pytest.mark.parametrize("seed", range(4))(sized)
+
+
+@of_many_sizes
 def test_adacr(seed: int, ratio: float, multiple: int) -> None:
     items = made(seed)
     values = {item.name: item.similarity or 0.0 for item in items}
@@ -94,8 +99,7 @@ def test_adacr(seed: int, ratio: float, multiple: int) -> None:
     check(items, shares, ratio, multiple, ranks_of(found))
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("ratio", "multiple"), [(0.4, 1), (0.6, 4), (0.8, 8)])
+@of_many_sizes
 def test_svd_llm_v2(seed: int, ratio: float, multiple: int) -> None:
     items = made(seed)
     shares: dict[str, float] = {}
@@ -120,8 +124,7 @@ def test_svd_llm_v2(seed: int, ratio: float, multiple: int) -> None:
     check(items, shares, ratio, multiple, ranks_of(found))
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("ratio", "multiple"), [(0.4, 1), (0.6, 4), (0.8, 8)])
+@of_many_sizes
 def test_asvd_by_every_bound(seed: int, ratio: float, multiple: int) -> None:
     items = made(seed)
     budget = ratio * sum(params(item, None) for item in items)
@@ -137,8 +140,7 @@ def test_asvd_by_every_bound(seed: int, ratio: float, multiple: int) -> None:
     check(items, shares, ratio, multiple, ranks_of(found))
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("ratio", "multiple"), [(0.4, 1), (0.6, 4), (0.8, 8)])
+@of_many_sizes
 def test_dobi_svd_and_lorc(seed: int, ratio: float, multiple: int) -> None:
     items = made(seed)
     shares = {i.name: (i.position or 0) * params(i, 1) / params(i, None) for i in items}
