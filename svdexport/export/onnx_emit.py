@@ -36,6 +36,8 @@ class PairEmitter:
     make_hidden_state_shape: Any
     vocab_size: int
     hidden_size: int
+    head_size: int
+    rope_attrs: dict[str, Any]
     input_names: dict[str, Any]
 
     def __init__(

@@ -98,6 +98,14 @@ class SizeEmitter(PairEmitter):
     def halved(self, array: np.ndarray, name: str) -> np.ndarray:
         return _zeros(array.shape, np.float16)
 
+    def make_rotary_embedding_caches_from_scratch(self) -> tuple[Tensor, Tensor]:
+        """Instead of the builder's, which takes half a second for a context of 131072."""
+        import torch
+
+        width = int(self.rope_attrs["partial_rotary_factor"] * self.head_size)
+        zeros = torch.zeros(()).expand(self.rope_attrs["cache_length"], width)
+        return zeros, zeros
+
 
 class HalfSizeEmitter(SizeEmitter):
     """Of a model in float16, whose embedding loses nothing in it."""
