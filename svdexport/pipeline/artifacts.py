@@ -25,6 +25,8 @@ from svdexport.models.weights import StreamedWeights
 from svdexport.pipeline.job import Job, ModelUnderWork, key
 from svdexport.recipe import CheckpointExport, Export, GgufExport, OnnxExport
 from svdexport.runtimes import Runtime, open_runtime
+from svdexport.runtimes.artifact import kind
+from svdexport.runtimes.encoder_rt import is_encoder_graph
 from svdexport.runtimes.gguf_file import adapter_of
 from svdexport.runtimes.torch_rt import TorchRuntime
 from svdexport.verify import evidence
@@ -32,6 +34,7 @@ from svdexport.verify.parity import (
     INT8_ACTIVATIONS,
     activation_block,
     compare,
+    drowned,
     rounded_activations,
     tolerance,
 )
@@ -174,9 +177,12 @@ def _parity(
             with rounded_activations(reference, _activation_block(spec, exported)):
                 rounded = torch_runtime.logits(tokens)
     evidence.write(evidence.of(tokens, expected, rounded), evidence_file(job, exported.path))
-    runtime = parity_runtime(exported.path, job.threads)
+    exact = may_be_exact(exported.path) and drowned(expected, rounded)
+    if exact:
+        job.reporter.note("8-bit activations drown this model's logits: checked with float32 ones")
+    runtime = parity_runtime(exported.path, job.threads, exact)
     try:
-        return compare(expected, runtime.logits(tokens), limits, rounded)
+        return compare(expected, runtime.logits(tokens), limits, rounded, exact)
     finally:
         runtime.close()
 
@@ -219,8 +225,21 @@ def parity_tokens(job: Job, model: Any) -> np.ndarray:
     return tokens.reshape(-1)[:PARITY_TOKENS]
 
 
-def parity_runtime(path: Path, threads: int) -> Runtime:
-    """The artifact's runtime, with the cache in float32 where that can be chosen."""
+def may_be_exact(path: Path) -> bool:
+    """Whether the file's runtime can multiply in float32 what it multiplies in 8 bits: ONNX."""
+    return path.is_dir() and kind(path) == "onnx" and not is_encoder_graph(path)
+
+
+def parity_runtime(path: Path, threads: int, exact: bool = False) -> Runtime:
+    """The artifact's runtime, with the cache in float32 where that can be chosen.
+
+    Args:
+        exact: activations are not rounded to 8 bits; see ``may_be_exact``.
+    """
+    if exact:
+        from svdexport.runtimes.ort_exact import ExactOrtRuntime
+
+        return ExactOrtRuntime(path, threads=threads, context=PARITY_TOKENS)
     if path.suffix == ".gguf":
         from svdexport.runtimes.llama_cpp_rt import LlamaCppRuntime
 

@@ -29,7 +29,7 @@ from svdexport.errors import ArtifactError, InputError, RecipeError
 from svdexport.export import ExportRequest, exporter
 from svdexport.files import sha256_file
 from svdexport.models.loader import Source, load_model, open_source
-from svdexport.pipeline.artifacts import artifact_name, parity_runtime
+from svdexport.pipeline.artifacts import artifact_name, may_be_exact, parity_runtime
 from svdexport.pipeline.measure import (
     dense_embeddings,
     score,
@@ -44,7 +44,7 @@ from svdexport.runtimes.torch_rt import TorchRuntime
 from svdexport.safety import check_safetensors
 from svdexport.verify import evidence
 from svdexport.verify.gate import judge
-from svdexport.verify.parity import tolerance
+from svdexport.verify.parity import drowned, tolerance
 from svdexport.verify.reference import ReferenceLogits
 
 QUALITY_GATES = (
@@ -130,14 +130,15 @@ def repeated_gates(gates: Gates, wish: Wish) -> Gates:
 def _parity(folder: Path, artifact: ArtifactResult, threads: int) -> Parity:
     path = evidence.path_of(folder, artifact.path)
     kept = evidence.read(path)
-    runtime = parity_runtime(folder / artifact.path, threads)
+    exact = may_be_exact(folder / artifact.path) and drowned(kept.logits, kept.rounded)
+    runtime = parity_runtime(folder / artifact.path, threads, exact)
     try:
         if max(int(kept.tokens.max()), int(kept.columns.max())) >= runtime.vocab_size:
             raise ArtifactError(f"{path}: token ids beyond the vocabulary of {artifact.path}")
         logits = runtime.logits(kept.tokens)
     finally:
         runtime.close()
-    return evidence.repeat(kept, logits, tolerance(artifact.format, artifact.type))
+    return evidence.repeat(kept, logits, tolerance(artifact.format, artifact.type), exact)
 
 
 def find_source(recipe: Recipe, result: RunResult, given: Path | None, work: Path) -> Source:

@@ -101,15 +101,16 @@ class OrtRuntime:
         self._session, self._cache = None, {}  # the old one goes before the new one comes
         self.file = file
         try:
-            self._session = self._ort.InferenceSession(
-                str(file), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = self._load(file, options)
         except Exception as error:  # onnxruntime has one exception class per cause, none of ours
             raise InputError(f"{file}: onnxruntime cannot load it ({error})") from None
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._past = sorted(name for name in self._inputs if name.startswith("past_key_values."))
         if "input_ids" not in self._inputs or not self._past:
             raise InputError(f"{file}: not a decoder with input_ids and past_key_values.*")
+
+    def _load(self, file: Path, options: Any) -> Any:
+        return self._ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
     def _options(self) -> Any:
         options = self._ort.SessionOptions()

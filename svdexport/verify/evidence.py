@@ -86,9 +86,9 @@ def read(path: Path) -> Evidence:
     return Evidence(tokens, columns, logits, arrays.get("rounded"))
 
 
-def repeat(evidence: Evidence, logits: Logits, limits: Tolerance) -> Parity:
+def repeat(evidence: Evidence, logits: Logits, limits: Tolerance, exact: bool = False) -> Parity:
     """Parity of a runtime's logits (T, V) with the evidence. Raises ArtifactError where the
     vocabulary is smaller than the evidence's."""
     if logits.shape[1] <= int(evidence.columns.max()):
         raise ArtifactError(f"logits for {logits.shape[1]} tokens; the evidence has more")
-    return compare(evidence.logits, logits[:, evidence.columns], limits, evidence.rounded)
+    return compare(evidence.logits, logits[:, evidence.columns], limits, evidence.rounded, exact)

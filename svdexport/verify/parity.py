@@ -10,6 +10,9 @@ one that compression has nearly broken. So torch is asked as well: `rounded_acti
 the input of every linear as the runtimes do. The runtime's own rounding falls elsewhere and its
 logits are not nearer to these than to the exact ones (rounding errors grow apart within a few
 layers), but the size of the difference is the same, and the limits follow it.
+
+A model that is nearly destroyed turns that rounding into logits unrelated to the exact ones. No
+limit could tell that from a mistake (`drowned`): the runtime is asked for products in float32.
 """
 
 from __future__ import annotations
@@ -146,13 +149,27 @@ def _difference(expected: Array, found: Array, spread: float) -> _Difference:
     )
 
 
+def drowned(reference: Logits, rounded: Logits | None) -> bool:
+    """Whether rounding activations to 8 bits alone may change logits (T, V) beyond any limit."""
+    if rounded is None:
+        return False
+    expected = reference.astype(np.float64)
+    noise = _difference(expected, rounded.astype(np.float64), float(expected.std()))
+    return _NOISE_FACTOR * noise.relative > _MAX_RELATIVE
+
+
 def compare(
-    reference: Logits, logits: Logits, limits: Tolerance, rounded: Logits | None = None
+    reference: Logits,
+    logits: Logits,
+    limits: Tolerance,
+    rounded: Logits | None = None,
+    exact: bool = False,
 ) -> Parity:
     """Compare logits (T, V) of a runtime with the reference's for the same tokens.
 
     `rounded` are the reference's logits under `rounded_activations`, for files whose runtime
-    rounds activations: the limits are then this model's own, and `limits` is not used.
+    rounds activations: the limits are then this model's own, and `limits` is not used. With
+    `exact` the runtime multiplied in float32, and the limits are those of float32.
     Raises InputError where the shapes differ, or the reference is not finite or constant.
     """
     if reference.shape != logits.shape or reference.ndim != 2 or not reference.size:
@@ -164,7 +181,7 @@ def compare(
     noise = None
     if rounded is not None:
         noise = _difference(expected, rounded.astype(np.float64), spread)
-        limits = _by_noise(noise)
+        limits = FLOAT32 if exact else _by_noise(noise)
     found = logits.astype(np.float64)
     finite = np.asarray(np.isfinite(found).all(axis=1))
     got = _difference(expected, np.where(finite[:, None], found, 0.0), spread)

@@ -104,6 +104,22 @@ def test_rounded_activations_alone_pass(model: LlamaForCausalLM) -> None:
         assert got.max_relative < limits.relative
 
 
+def test_a_drowned_model_is_compared_with_products_in_float32(model: LlamaForCausalLM) -> None:
+    reference = logits(model)
+    assert not parity.drowned(reference, rounded(model)) and not parity.drowned(reference, None)
+    other = -reference
+    assert parity.drowned(reference, other)
+    limits = parity.tolerance("onnx", "int2")
+    assert not parity.compare(reference, other, limits, other).passed
+    got = parity.compare(reference, reference + 1e-5, limits, other, exact=True)
+    assert got.passed and got.max_relative == parity.FLOAT32.relative
+    assert got.activation_noise is not None and got.activation_noise > 0.3
+    for change in MISTAKES:
+        wrong = copy.deepcopy(model)
+        change(wrong)
+        assert not parity.compare(reference, logits(wrong), limits, other, exact=True).passed
+
+
 def test_half_precision_passes_its_own_tolerance_and_not_that_of_float32(
     model: LlamaForCausalLM,
 ) -> None:
