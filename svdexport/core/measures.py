@@ -211,6 +211,7 @@ class Measured:
     """What the gates judge: one compressed artifact; a part that was not measured is None.
 
     `round_trip` is None where it was not checked; empty where every tensor reads back as meant.
+    `timed` is false for a checkpoint, which is for training and not for a deployment's runtime.
     """
 
     path: str
@@ -220,6 +221,7 @@ class Measured:
     parity: Parity | None = None
     round_trip: tuple[str, ...] | None = None
     embeddings: Embeddings | None = None
+    timed: bool = True
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def repeat(folder: Path, result: RunResult, wish: Wish, reporter: Reporter) -> R
             parity[a.path],
             (),
             embeddings.get(a.path),
+            a.format != "checkpoint",
         )
         for a in kept
     ]

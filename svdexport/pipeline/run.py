@@ -163,6 +163,7 @@ def _measured(
                 artifact.parity,
                 artifact.round_trip,
                 embeddings.get(name),
+                artifact.exported.format != "checkpoint",
             )
         )
     return judged

@@ -368,6 +368,14 @@ class Recipe(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _something_is_timed(self) -> Recipe:
+        if all(export.format == "checkpoint" for export in self.export):
+            for name in ("min_prefill_speedup", "min_decode_speedup"):
+                if getattr(self.gates, name) is not None:
+                    raise ValueError(f"gates.{name}: a checkpoint is not timed; leave it out")
+        return self
+
     @field_validator("export")
     @classmethod
     def _no_twins(cls, value: tuple[Export, ...]) -> tuple[Export, ...]:

@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from svdexport.core.measures import GateResult
-from svdexport.report.figures import gate_values, gate_word, seconds
+from svdexport.core.measures import GateResult, Speedup
+from svdexport.report.figures import gate_values, gate_word, interval, seconds, times
 from svdexport.report.items import Items
 
 MEGA = 1e6
@@ -114,6 +114,13 @@ def verify_table(found: dict[str, Any]) -> RenderableType:
     for gate in gates:
         limit, value = gate_values(gate)
         table.add_row(gate.artifact, gate.name, limit, value, gate_word(gate))
+    gated = {gate.name for gate in gates}
+    for path, speed in found["speed"].items():
+        for kind in ("prefill", "decode"):
+            speedup = speed[f"{kind}_speedup"]
+            if speedup is not None and f"min_{kind}_speedup" not in gated:
+                ratio = Speedup(**speedup)
+                table.add_row(path, f"{kind} {interval(ratio)}", "no gate", times(ratio), "")
     verdict = found["verdict"]
     reasons = "".join(f"\n  - {reason}" for reason in verdict["reasons"])
     return Group(head, table, Text(f"verdict: {verdict['word']}{reasons}"))

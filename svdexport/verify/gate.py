@@ -2,7 +2,8 @@
 
 Every gate takes the pessimistic end of its interval. A speed gate whose rounds were disturbed, or
 whose interval is wide and holds the limit, is `inconclusive`: it has not passed, and has not
-failed either. A gate that is set but was not measured has not passed.
+failed either. A gate that is set but was not measured has not passed; no speed gate is for a
+checkpoint.
 
 Exit codes, the first that applies: 3 a file does not hold or compute what was meant (round trip,
 parity); 4 a quality gate failed; 5 a speed or size gate failed; 7 a speed gate is inconclusive;
@@ -82,7 +83,7 @@ def _gates_of(gates: Gates, one: Measured) -> Iterator[GateResult]:
             yield _quality_gate(name, figure, False, limit, one.path, one.embeddings)
     for name, prefix in _SPEED.items():
         limit = getattr(gates, name)
-        if limit is not None:
+        if limit is not None and one.timed:
             yield _speed_gate(name, prefix, limit, one)
     if gates.max_bytes is not None:
         fits = one.bytes <= gates.max_bytes

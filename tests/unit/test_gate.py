@@ -151,6 +151,16 @@ def test_what_was_not_measured_has_not_passed() -> None:
     assert "m: max_mean_kld: was not measured" in verdict.reasons
 
 
+def test_speed_gates_are_not_for_a_checkpoint_and_all_others_are() -> None:
+    untimed = dataclasses.replace(measured(), speed=None)
+    assert gate.judge(GOOD, [untimed])[1].exit_code == EXIT_SPEED
+    results, verdict = gate.judge(GOOD, [dataclasses.replace(untimed, timed=False)])
+    assert verdict.exit_code == EXIT_OK
+    everything, _ = gate.judge(GOOD, [untimed])
+    left_out = {r.name for r in everything} - {r.name for r in results}
+    assert left_out == {"min_prefill_speedup", "min_decode_speedup"}
+
+
 def test_one_window_is_judged_by_its_figure_and_says_so() -> None:
     one = measured()
     assert one.quality is not None

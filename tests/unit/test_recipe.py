@@ -320,6 +320,11 @@ def test_settings_belong_to_one_method(path: Path) -> None:
             "quantize: {algorithm: gptq}\nexport: [{format: gguf, type: mixed}]",
             "leave out allocate: asvd",
         ),
+        (
+            "{method: svd, budget: {param_ratio: 0.5}}",
+            "export: [{format: checkpoint}]\ngates: {min_decode_speedup: 1.0}",
+            "gates.min_decode_speedup: a checkpoint is not timed",
+        ),
     ],
 )
 def test_what_does_not_go_together(tmp_path: Path, compress: str, rest: str, words: str) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 from typer.testing import CliRunner
 
 from svdexport import cli
+from svdexport.core.measures import GateResult
 from svdexport.errors import SvdexportError
 from svdexport.report import figures, html, table, terminal
 from svdexport.report.items import Items
@@ -91,6 +92,22 @@ def test_an_inspection_shows_types_and_figures_as_words() -> None:
     assert not any("{" in line for line in lines)
     assert lines[:2] == ["totals: bytes 3", "types Q8_0: 2 tensors, 3 bytes"]
     assert "a Q8_0, b F16" in lines[-1] and lines[-2].split()[-2:] == ["Q8_0", "2"]
+
+
+def test_verify_shows_a_speed_that_no_gate_is_for() -> None:
+    ratio = {"median": 1.234, "low": 1.1, "high": 1.3}
+    found = {
+        "folder": "out/x",
+        "gates": [dataclasses.asdict(GateResult("parity", 0.1, 0.02, True, "integrity", "m.gguf"))],
+        "speed": {"m.gguf": {"prefill_speedup": ratio, "decode_speedup": None}},
+        "verdict": {"word": "pass", "reasons": []},
+    }
+    (line,) = [x for x in shown(terminal.verify_table(found)) if "prefill" in x]
+    assert line.split() == ["m.gguf", "prefill", "1.10–1.30", "no", "gate", "1.23x"]
+    found["gates"] = [
+        dataclasses.asdict(GateResult("min_prefill_speedup", 1, 1.1, True, "speed", "m.gguf"))
+    ]
+    assert "no gate" not in "\n".join(shown(terminal.verify_table(found)))
 
 
 def test_the_list_of_commands_is_not_cut() -> None:

@@ -61,7 +61,8 @@ def gave(result: RunResult) -> list[str]:
         if artifact.role != "compressed":
             continue
         twin = result.baseline_of(artifact)
-        parts = [f"{_megabytes(twin)} -> {_megabytes(artifact)} MB", _quality(artifact, twin)]
+        before = "" if twin is None else f"{twin.bytes / 1e6:.1f} -> "
+        parts = [f"{before}{artifact.bytes / 1e6:.1f} MB", _quality(artifact, twin)]
         speed = _speed(artifact, result.verdict.exit_code == NOISY)
         lines.append(f"Gave ({artifact.label}): " + ", ".join([*filter(None, parts), speed]) + ".")
     for found in result.equal_bytes:
@@ -72,18 +73,15 @@ def gave(result: RunResult) -> list[str]:
     return [*lines, f"Gave as verdict: {result.verdict.word}; {result.threads} threads, {machine}."]
 
 
-def _megabytes(artifact: ArtifactResult | None) -> str:
-    return "?" if artifact is None else f"{artifact.bytes / 1e6:.1f}"
-
-
 def _quality(artifact: ArtifactResult, twin: ArtifactResult | None) -> str:
     near = artifact.embeddings
     if near is not None:
         return f"cosine {near.mean_cosine:.3f}, rank correlation {near.rank_correlation:.3f}"
     if artifact.quality is None:
         return ""
-    before = "?" if twin is None or twin.quality is None else f"{twin.quality.perplexity:.1f}"
-    return f"perplexity {before} -> {artifact.quality.perplexity:.1f}"
+    dense = None if twin is None else twin.quality
+    before = "" if dense is None else f"{dense.perplexity:.1f} -> "
+    return f"perplexity {before}{artifact.quality.perplexity:.1f}"
 
 
 def _speed(artifact: ArtifactResult, noisy: bool) -> str:
