@@ -21,7 +21,7 @@ CUT = (
     "speed.rounds=1",
     "speed.prefill=[16]",
     "speed.decode=4",
-    "speed.threads=1",
+    "speed.threads=2",
 )
 # So little calibration keeps no quality, and one round is too few for a speed gate.
 GATES = (
