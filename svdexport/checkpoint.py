@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ class Checkpoint:
 
     def _restored(self, leader: str) -> dict[str, Tensor]:
         """The factors of a group of a remapped checkpoint, by tensor name."""
-        members = self.groups()[leader]
+        members = self.groups[leader]
         sizes = {member: self.remapped[member] for member in members}
         try:
             return restored_group(self.tensor(f"{leader}{SLOTS}"), leader, sizes)
@@ -129,6 +130,7 @@ class Checkpoint:
             self.tensor(f"{spec.group}.lr_a.weight"), self.tensor(f"{linear}.lr_b.weight")
         )
 
+    @cached_property
     def groups(self) -> dict[str, list[str]]:
         """Leader -> members (the leader among them), in the order of the config."""
         groups: dict[str, list[str]] = {}

@@ -178,7 +178,7 @@ def _remapped(checkpoint: Checkpoint, cast: Iterable[Named]) -> Iterator[Named]:
     factors = {f"{spec.group}.lr_a.weight" for spec in checkpoint.low_rank.values()}
     factors |= {f"{name}.lr_b.weight" for name in checkpoint.low_rank}
     yield from ((name, tensor) for name, tensor in cast if name not in factors)
-    for leader, members in checkpoint.groups().items():
+    for leader, members in checkpoint.groups.items():
         pairs = [checkpoint.pair(member) for member in members]
         stacked = torch.cat([pair.b.float() for pair in pairs])
         yield f"{leader}{SLOTS}", remap(*balance(pairs[0].a.float(), stacked))

@@ -81,7 +81,7 @@ def pair_places(checkpoint: Checkpoint, matches: dict[str, Match]) -> list[PairP
     """
     users = Counter((match.tensor, match.expert) for match in matches.values())
     places = []
-    for leader, members in checkpoint.groups().items():
+    for leader, members in checkpoint.groups.items():
         for member in members:
             match = matches.get(f"{member}.weight")
             if match is None:

@@ -145,7 +145,7 @@ class PairEmitter:
         key = (pair.group, root_input)
         if key not in self._outputs:
             node = f"{_parent(basename)}/lr_a/MatMul"
-            if len(self.plan.checkpoint.groups()[pair.group]) > len(members):
+            if len(self.plan.checkpoint.groups[pair.group]) > len(members):
                 node = f"{_parent(_parent(basename))}/{pair.group.rpartition('.')[2]}_lr_a/MatMul"
             self._product([f"{pair.group}.lr_a.weight"], node, root_input)
             self._outputs[key] = f"{node}/output_0"

@@ -19,6 +19,8 @@ from svdexport.errors import InputError
 from svdexport.models.experts import Experts, stack_of
 from svdexport.models.modules import is_linear, linear_shape
 
+Call = tuple[int, str, Tensor]  # block, path of a linear within the block, its input
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -107,16 +109,24 @@ def discover(model: nn.Module) -> Structure:
         model: a causal language model on any device; on meta it needs no weights.
     """
     blocks = find_blocks(model)
+    twins = _twins(model, blocks)
     device = next(model.parameters()).device
-    calls: list[tuple[int, str, Tensor]] = []  # keeps the inputs alive, so identities are unique
-    returns_tuple = False
+    calls: list[Call] = []  # keeps the inputs alive, so identities are unique
+    outputs: dict[int, Any] = {}
     with contextlib.ExitStack() as stack:
         for index, path in enumerate(blocks):
             block = model.get_submodule(path)
+            if twins[index] != index:  # what its twin returned has the shapes that it would return
 
-            def note_output(_m: nn.Module, _a: Any, output: Any) -> None:
-                nonlocal returns_tuple
-                returns_tuple = isinstance(output, tuple)
+                def again(*_a: Any, twin: int = twins[index], **_k: Any) -> Any:
+                    return outputs[twin]
+
+                block.forward = again  # type: ignore[method-assign]
+                stack.callback(block.__dict__.pop, "forward")
+                continue
+
+            def note_output(_m: nn.Module, _a: Any, output: Any, key: int = index) -> None:
+                outputs[key] = output
 
             stack.callback(block.register_forward_hook(note_output).remove)
             for name, module in block.named_modules():
@@ -124,10 +134,7 @@ def discover(model: nn.Module) -> Structure:
                     continue
 
                 def note_input(
-                    _m: nn.Module,
-                    args: Any,
-                    kwargs: Any,
-                    key: tuple[int, str] = (index, f"{path}.{name}"),
+                    _m: nn.Module, args: Any, kwargs: Any, key: tuple[int, str] = (index, name)
                 ) -> None:
                     calls.append((*key, args[0] if args else kwargs["input"]))
 
@@ -143,7 +150,36 @@ def discover(model: nn.Module) -> Structure:
         with torch.no_grad(), _eager_attention(model):
             model(input_ids=tokens, attention_mask=mask, use_cache=False)
     embedding, head = _embedding(model)
-    return Structure(blocks, tuple(_group(model, calls)), returns_tuple, embedding, head)
+    returns_tuple = isinstance(outputs[twins[-1]], tuple)
+    groups = tuple(_group(model, blocks, twins, calls))
+    return Structure(blocks, groups, returns_tuple, embedding, head)
+
+
+def _twins(model: nn.Module, blocks: Sequence[str]) -> list[int]:
+    """For each block the first one of the same modules, shapes and settings; it may be itself.
+
+    Settings are the plain attributes of its modules, but for those that count the layers. In a
+    model of 80 layers one or two run instead of all.
+    """
+    first: dict[Any, int] = {}
+    return [
+        first.setdefault(_signature(model.get_submodule(path), index), index)
+        for index, path in enumerate(blocks)
+    ]
+
+
+def _signature(block: nn.Module, index: int) -> tuple[Any, ...]:
+    found: list[Any] = [index] if "forward" in block.__dict__ else []  # hooked: like no other
+    for name, module in block.named_modules():
+        shapes = tuple((key, p.shape) for key, p in module.named_parameters(recurse=False))
+        settings = tuple(
+            (key, value)
+            for key, value in module.__dict__.items()
+            if isinstance(value, bool | int | float | str | None)
+            and key not in ("layer_idx", "layer_id")
+        )
+        found.append((name, type(module), shapes, settings))
+    return tuple(found)
 
 
 @contextlib.contextmanager
@@ -169,20 +205,24 @@ def _embedding(model: nn.Module) -> tuple[Linear | None, str | None]:
     return found, names[id(head)] if tied else None
 
 
-def _group(model: nn.Module, calls: Sequence[tuple[int, str, Tensor]]) -> Iterator[InputGroup]:
-    members: dict[tuple[int, int], list[Linear]] = {}
+def _group(
+    model: nn.Module, blocks: Sequence[str], twins: Sequence[int], calls: Sequence[Call]
+) -> Iterator[InputGroup]:
     seen: set[str] = set()
-    for block, name, tensor in calls:
-        if name in seen:
-            continue  # called twice: it belongs to the group of its first input
-        seen.add(name)
-        module = model.get_submodule(name)
-        out_features, in_features = linear_shape(module)
-        bias = getattr(module, "bias", None) is not None
-        linear = Linear(name, out_features, in_features, bias, stack_of(model, name))
-        members.setdefault((block, id(tensor)), []).append(linear)
-    for (block, _), group in members.items():
-        yield InputGroup(block, tuple(group))
+    for index, path in enumerate(blocks):
+        members: dict[int, list[Linear]] = {}
+        for block, inner, tensor in calls:
+            name = f"{path}.{inner}"
+            if block != twins[index] or name in seen:
+                continue  # called twice: it belongs to the group of its first input
+            seen.add(name)
+            module = model.get_submodule(name)
+            out_features, in_features = linear_shape(module)
+            bias = getattr(module, "bias", None) is not None
+            linear = Linear(name, out_features, in_features, bias, stack_of(model, name))
+            members.setdefault(id(tensor), []).append(linear)
+        for group in members.values():
+            yield InputGroup(index, tuple(group))
 
 
 def select(

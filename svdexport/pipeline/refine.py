@@ -77,7 +77,7 @@ def run_refinement(
             scratch.mkdir(parents=True, exist_ok=True)
             found, student = _refine(job, model, begin, tokens, config, scratch)
             if out == job.work / "refined":
-                found = _in_gauge(found, student, Checkpoint.open(begin).groups())
+                found = _in_gauge(found, student, Checkpoint.open(begin).groups)
                 calibration = load_file(tokens)["calibration"]
                 save_file(_importance(student, calibration, batch), importance)
             _write(model, begin, found, out)
@@ -140,7 +140,7 @@ def _refine(
 
     where = f"refine.{job.recipe.refine.index(config)}"
     data = RefineData(
-        student, teacher, moments, opened.groups(), text, scratch, job.reporter.progress, where
+        student, teacher, moments, opened.groups, text, scratch, job.reporter.progress, where
     )
     found = REFINERS[config.method].refine(data, config)
     model.release()

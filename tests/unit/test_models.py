@@ -18,9 +18,18 @@ import svdexport  # noqa: F401 (registers the quantizer)
 from svdexport.checkpoint import Checkpoint, PairSpec
 from svdexport.errors import InputError
 from svdexport.export.checkpoint import assembled, compressed_config, write_checkpoint
-from svdexport.models.blocks import discover, find_blocks, record_inputs, run_block, select
+from svdexport.models import blocks as blocks_module
+from svdexport.models.blocks import (
+    _twins,
+    discover,
+    find_blocks,
+    record_inputs,
+    run_block,
+    select,
+)
 from svdexport.models.calibrate import calibrate
 from svdexport.models.decoder import Decoder
+from svdexport.models.experts import separate_experts
 from svdexport.models.loader import both_rope_forms, load_model, structure_of
 from svdexport.models.modules import linear_weight
 
@@ -96,6 +105,24 @@ def test_other_families_run_block_by_block(family: str) -> None:
     decoder = Decoder(model, structure)
     found = decoder.logits(TOKENS, decoder.hidden(TOKENS))
     assert torch.equal(found, model(input_ids=TOKENS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("family", [*OTHERS, "llama", "gpt2", "qwen2_moe"])
+def test_blocks_alike_run_once_and_nothing_is_lost(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {**SIZES, "num_hidden_layers": 7, "n_layer": 7, "moe_intermediate_size": 16}
+    sizes |= {"mlp_only_layers": [2], "num_experts": 4}  # of the mixture one layer is plain
+    config = AutoConfig.for_model(family.partition(",")[0], **(sizes | OTHERS.get(family, {})))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    separate_experts(model)
+    structure = discover(model)
+    kinds = set(_twins(model, structure.blocks))
+    assert kinds == {"gemma2": {0, 1}, "gemma3_text": {0, 5}, "qwen2_moe": {0, 2}}.get(family, {0})
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    monkeypatch.setattr(blocks_module, "_twins", lambda _model, blocks: list(range(len(blocks))))
+    assert structure == discover(model)
 
 
 def test_structure_needs_no_weights(tmp_path: Path) -> None:

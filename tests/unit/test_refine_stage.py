@@ -49,7 +49,7 @@ def test_the_refined_checkpoint_is_what_exporters_get(place: Path) -> None:
 
     weights = load_file(work / "base" / "importance.safetensors")
     calibration = load_file(work / "tokens.safetensors")["calibration"]
-    leader, members = next(iter(after.groups().items()))
+    leader, members = next(iter(after.groups.items()))
     inputs: list[torch.Tensor] = []
     model = load_model(found)
     hook = model.get_submodule(leader).register_forward_pre_hook(lambda _m, x: inputs.append(x[0]))
