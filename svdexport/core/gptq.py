@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from svdexport.core.decompose import damped_cholesky
-from svdexport.core.grids import Grid, Scales, Steps, check_finite, joined
+from svdexport.core.grids import Grid, Scales, Steps, check_finite, joined, nearest_level
 from svdexport.core.lowrank import FactorPair
 
 TILE = 128  # columns between two products with all earlier (or all other) columns
@@ -202,6 +202,11 @@ class _Columns:
     def _round(self, k: int, column: int, target: Tensor) -> Tensor:
         """Round one column; its values, exactly as they will be read, in the working precision."""
         group = column // self.steps.size
+        if self.steps.levels is not None:
+            index = nearest_level(target * self._inverse[group], self.steps.levels)
+            self.codes[column] = index.to(torch.uint8)
+            read = self.steps.levels[index] * self._scale[group].float()
+            return read.to(target.dtype)
         minimum, zero = self._minimum[group], self._zero[group]
         code = ((target + minimum) * self._inverse[group]).round_().add_(zero)
         code.clamp_(self.steps.low, self.steps.high)

@@ -1,8 +1,9 @@
-"""What all quantisation grids share: uniform steps within small groups of columns.
+"""What all quantisation grids share: steps within small groups of columns.
 
 Every grid that is written to a file gives a weight the value ``(code - zero) * scale - minimum``,
 in float32 and in this order of operations, with one (scale, minimum, zero) for each row and group
-of ``size`` neighbouring columns. What a format stores to get there (half-precision scales of
+of ``size`` neighbouring columns; a grid of uneven steps has a table of levels in place of
+``code - zero``, and no minimum. What a format stores to get there (half-precision scales of
 super-blocks, 4- or 6-bit scales of their parts, packed zero points) is its own affair: ``Scales``.
 """
 
@@ -27,6 +28,8 @@ class Steps:
         scale, minimum, zero: float32 (rows, groups).
         size: columns of a group.
         low, high: smallest and largest code.
+        levels: float32, rising, of the codes from 0 where steps are uneven; zero and minimum are
+            not used then.
     """
 
     scale: Tensor
@@ -35,18 +38,26 @@ class Steps:
     size: int
     low: int
     high: int
+    levels: Tensor | None = None
 
     def codes(self, values: Tensor) -> Tensor:
         """Nearest codes, uint8 (rows, n), of values (rows, n)."""
         grouped = values.reshape(values.shape[0], -1, self.size)
+        if self.levels is not None:
+            found = nearest_level(grouped * self.inverse()[..., None], self.levels)
+            return found.to(torch.uint8).reshape(values.shape)
         code = torch.round((grouped + self.minimum[..., None]) * self.inverse()[..., None])
         code = (code + self.zero[..., None]).clamp_(self.low, self.high)
         return code.to(torch.uint8).reshape(values.shape)
 
     def values(self, codes: Tensor) -> Tensor:
         """Float32 values (rows, n) of codes (rows, n): what a runtime computes with."""
-        grouped = codes.reshape(codes.shape[0], -1, self.size).float()
-        value = (grouped - self.zero[..., None]) * self.scale[..., None] - self.minimum[..., None]
+        grouped = codes.reshape(codes.shape[0], -1, self.size)
+        if self.levels is not None:
+            return (self.levels[grouped.long()] * self.scale[..., None]).reshape(codes.shape)
+        value = (grouped.float() - self.zero[..., None]) * self.scale[..., None] - self.minimum[
+            ..., None
+        ]
         return value.reshape(codes.shape)
 
     def inverse(self) -> Tensor:
@@ -70,6 +81,12 @@ class Grid(Protocol):
 
     def steps(self, scales: Scales) -> Steps:
         """The effective parameters."""
+
+
+def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
+    """Index, int64, of the level that is nearest to each value; levels (count,) rise."""
+    middles = (levels[1:] + levels[:-1]) / 2
+    return torch.bucketize(values.contiguous(), middles.to(values.dtype))
 
 
 def joined(parts: Sequence[Scales]) -> Scales:

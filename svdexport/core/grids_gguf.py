@@ -15,7 +15,12 @@ from torch import Tensor
 
 from svdexport.core.grids import Scales, Steps, check_finite
 from svdexport.core.grids_gguf_bytes import LAYOUTS
-from svdexport.core.grids_search import affine_scale, rounding_error, symmetric_scale
+from svdexport.core.grids_search import (
+    affine_scale,
+    level_scale,
+    rounding_error,
+    symmetric_scale,
+)
 
 HALF_MAX = 65504.0
 _ROWS_AT_ONCE = 1 << 21  # elements of scratch memory in one step of a search
@@ -32,6 +37,7 @@ class GgufGrid:
         affine: the type stores a minimum too.
         scale_range: smallest and largest stored scale of a part of a block; None where the block
             has one half-precision scale and no parts.
+        levels: what the codes stand for where steps are uneven, in units of the scale.
     """
 
     name: str
@@ -42,6 +48,7 @@ class GgufGrid:
     zero: int = 0
     affine: bool = False
     scale_range: tuple[int, int] | None = None
+    levels: tuple[float, ...] | None = None
 
     @property
     def parts(self) -> int:
@@ -73,6 +80,9 @@ class GgufGrid:
             if self.scale_range is None:
                 return {"d": _half(scale[..., 0]), "dmin": _half(-minimum[..., 0])}
             return self._affine_parts(values, weights, scale, minimum)
+        if self.levels is not None:
+            scale = level_scale(values, weights, torch.tensor(self.levels))
+            return {"d": _half(scale[..., 0])}
         scale = symmetric_scale(values, weights, self.low - self.zero, self.high - self.zero)
         if self.scale_range is None:
             return {"d": _half(scale[..., 0])}
@@ -172,7 +182,8 @@ class GgufGrid:
         rows = d.shape[0]
         scale, minimum = scale.reshape(rows, -1), minimum.reshape(rows, -1)
         zero = torch.full_like(scale, float(self.zero))
-        return Steps(scale, minimum, zero, self.size, self.low, self.high)
+        levels = None if self.levels is None else torch.tensor(self.levels)
+        return Steps(scale, minimum, zero, self.size, self.low, self.high, levels)
 
     def pack(self, codes: Tensor, scales: Scales) -> Tensor:
         """Bytes (rows, bytes of a row), uint8, of codes (rows, n)."""
@@ -247,6 +258,9 @@ def _inverse(d: Tensor) -> Tensor:
     return torch.where(torch.isfinite(inverse), inverse, torch.zeros_like(inverse))
 
 
+# kvalues_iq4nl in ggml-common.h (llama.cpp)
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
 GRIDS: dict[str, GgufGrid] = {
     grid.name: grid
     for grid in (
@@ -254,6 +268,7 @@ GRIDS: dict[str, GgufGrid] = {
         GgufGrid("Q5_0", 32, 32, 0, 31, zero=16),
         GgufGrid("Q5_1", 32, 32, 0, 31, affine=True),
         GgufGrid("Q4_0", 32, 32, 0, 15, zero=8),
+        GgufGrid("IQ4_NL", 32, 32, 0, 15, levels=tuple(float(level) for level in _IQ4_NL)),
         GgufGrid("Q6_K", 256, 16, 0, 63, zero=32, scale_range=(-128, 127)),
         GgufGrid("Q5_K", 256, 32, 0, 31, affine=True, scale_range=(0, 63)),
         GgufGrid("Q4_K", 256, 32, 0, 15, affine=True, scale_range=(0, 63)),
@@ -267,6 +282,7 @@ BLOCK_BYTES = {
     "Q5_0": 22,
     "Q5_1": 24,
     "Q4_0": 18,
+    "IQ4_NL": 18,
     "Q6_K": 210,
     "Q5_K": 176,
     "Q4_K": 144,

@@ -181,6 +181,7 @@ LAYOUTS: dict[str, Layout] = {
     "Q5_0": Layout(_pack_q5, _unpack_q5),
     "Q5_1": Layout(_pack_q5, _unpack_q5),
     "Q4_0": Layout(_pack_q4_0, _unpack_q4_0),
+    "IQ4_NL": Layout(_pack_q4_0, _unpack_q4_0),
     "Q6_K": Layout(_pack_q6_k, _unpack_q6_k),
     "Q5_K": Layout(_pack_q5_k, _unpack_q5_k),
     "Q4_K": Layout(_pack_q4_k, _unpack_q4_k),

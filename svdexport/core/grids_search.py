@@ -9,20 +9,50 @@ solution for the codes that came out (the approach of ggml's ``make_qx_quants`` 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from svdexport.core.grids import nearest_level
+
 
 def symmetric_scale(values: Tensor, weights: Tensor, low: int, high: int) -> Tensor:
     """Signed scales s (...) such that s * clamp(round(v / s), low, high) is near v."""
+
+    def nearest(scaled: Tensor) -> Tensor:
+        return scaled.round_().clamp_(low, high)
+
+    return _signed_scale(values, weights, low, _ends(low, high), nearest)
+
+
+def level_scale(values: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
+    """Signed scales s (...) such that s times the level nearest to v / s is near v."""
+
+    def nearest(scaled: Tensor) -> Tensor:
+        return levels[nearest_level(scaled, levels)]
+
+    spread = torch.linspace(0.7, 1.15, 11).tolist()
+    low, high = float(levels[0]), float(levels[-1])
+    ends = [f * low for f in spread] + [f * high for f in spread]
+    return _signed_scale(values, weights, low, ends, nearest)
+
+
+def _signed_scale(
+    values: Tensor,
+    weights: Tensor,
+    low: float,
+    ends: Sequence[float],
+    nearest: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The best least-squares scale over the ends at which a block's largest value may lie."""
     peak = values.gather(-1, values.abs().argmax(dim=-1, keepdim=True))
     safe = torch.where(peak == 0, torch.ones_like(peak), peak)
     best_gain = torch.full(peak.shape[:-1], -1.0)
     best = torch.zeros(peak.shape[:-1])
     weighted = values * weights
-    for end in _ends(low, high):
-        codes = (values * (end / safe)).round_().clamp_(low, high)
+    for end in ends:
+        codes = nearest(values * (end / safe))
         cross = (weighted * codes).sum(dim=-1)
         square = (codes * codes * weights).sum(dim=-1)
         scale = torch.where(square > 0, cross / square, torch.zeros_like(cross))

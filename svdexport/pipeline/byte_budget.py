@@ -2,7 +2,7 @@
 
 Options of a group of linears: dense at each type, or a pair of each rank with each type for A and
 for B. Losses are predicted from the moments (:mod:`svdexport.core.noise`); that of the embedding
-and the head is measured once, at 4 bits on a few calibration samples, and scaled by the types'
+and the head is measured once (:mod:`svdexport.pipeline.vocabulary`) and scaled by the types'
 noise. Bytes are those of the exported file, alignment and headers included.
 """
 
@@ -13,7 +13,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,10 +22,9 @@ from svdexport.allocate import Allocation
 from svdexport.allocate.base import DENSE_PAYS
 from svdexport.allocate.by_bytes import Option, choose
 from svdexport.checkpoint import Checkpoint
-from svdexport.core.gptq import round_to_nearest
 from svdexport.core.grids_gguf import GRIDS
 from svdexport.core.noise import relative_noise
-from svdexport.errors import InputError, RecipeError
+from svdexport.errors import RecipeError
 from svdexport.export import gguf_base
 from svdexport.export.gguf_plan import find_matches
 from svdexport.export.gguf_types import Types, held
@@ -36,13 +34,12 @@ from svdexport.pipeline.compress import GroupPlan
 from svdexport.pipeline.factor_files import factors_file
 from svdexport.pipeline.factors import chosen_groups
 from svdexport.pipeline.job import Job, ModelUnderWork
+from svdexport.pipeline.vocabulary import losses, vocabulary
 from svdexport.recipe import GgufExport
 from svdexport.runtimes.gguf_file import BLOCKS, nbytes
 
 TYPES_FILE = "types.json"  # checkpoint tensor -> ggml type
 LADDER = tuple(sorted(GRIDS, key=lambda name: BLOCKS[name][1] / BLOCKS[name][0]))
-PROBE = "Q4_0"
-PROBE_SAMPLES = 2
 ENTRY_BYTES = 160  # more than a tensor's entry in the header takes
 OWN_METADATA_BYTES = 512
 EXPERTS = "a budget in bytes leaves the experts of a mixture dense"
@@ -62,9 +59,9 @@ def allocate_bytes(
         raise RecipeError(
             f"compress.budget.bytes runs the model as a whole, but {model.memory.note}"
         )
-    vocabulary = _vocabulary(model)
+    matrices = vocabulary(model.model)
     budget = recipe.compress.budget
-    assert budget is not None and budget.bytes is not None
+    assert budget is not None and budget.bytes is not None and recipe.quantize is not None
     options: dict[str, list[Option]] = {}
     data: dict[str, dict[str, Tensor]] = {}
     for block in sorted({group.block for group in groups}):
@@ -76,10 +73,10 @@ def allocate_bytes(
                 options[group.leader] = list(
                     _group_options(group, found, recipe.compress.rank_multiple)
                 )
-    probes = _probe(model, vocabulary, tokens)
+    probes = losses(model.model, matrices, tokens, recipe.quantize)
     for name, loss in probes.items():
-        options[name] = _matrix_options(*vocabulary[name], loss)
-    fixed = _fixed_bytes(job, model, groups, vocabulary)
+        options[name] = _matrix_options(*matrices[name], loss)
+    fixed = _fixed_bytes(job, model, groups, list(matrices))
     chosen = choose(options, budget.bytes - fixed)
     types = {f"{name}.weight": chosen[name].types[0] for name in probes}
     for group in groups:
@@ -136,61 +133,18 @@ def _matrix_options(rows: int, columns: int, loss: float) -> list[Option]:
     ]
 
 
-def _vocabulary(model: ModelUnderWork) -> dict[str, tuple[int, int]]:
-    """Embedding and head (once where tied) by module name: rows and columns."""
-    network = model.model
-    found: dict[int, str] = {}
-    wanted = [network.get_input_embeddings(), network.get_output_embeddings()]
-    names = {id(module): name for name, module in network.named_modules()}
-    for module in wanted:
-        if module is not None:
-            found.setdefault(id(module.weight), names[id(module)])
-    return {name: tuple(network.get_submodule(name).weight.shape) for name in found.values()}
-
-
-@torch.no_grad()
-def _probe(
-    model: ModelUnderWork, vocabulary: Mapping[str, tuple[int, int]], tokens: Tensor
-) -> dict[str, float]:
-    """Loss of relative noise 1 in each matrix, in the units of the moments.
-
-    The divergence a token is half of tr(G R H R^T) / T^2 with sums over T tokens.
-    """
-    network, samples = model.model, tokens[:PROBE_SAMPLES]
-    expected = [_log_probs(network, sample) for sample in samples]
-    found = {}
-    for name in vocabulary:
-        weight = network.get_submodule(name).weight
-        if weight.shape[1] % BLOCKS[PROBE][0]:
-            raise InputError(f"{name}: rows of {weight.shape[1]} fill no block of {PROBE}")
-        kept = weight.data.clone()
-        weight.data.copy_(round_to_nearest(kept, None, GRIDS[PROBE]).values)
-        divergence = 0.0
-        for sample, log_p in zip(samples, expected, strict=True):
-            log_q = _log_probs(network, sample)
-            divergence += float((log_p.exp() * (log_p - log_q)).sum()) / samples.numel()
-        weight.data.copy_(kept)
-        found[name] = max(divergence, 0.0) * 2 * tokens.numel() ** 2 / relative_noise(PROBE)
-    return found
-
-
-def _log_probs(network: Any, sample: Tensor) -> Tensor:
-    logits: Tensor = network(input_ids=sample[None], use_cache=False).logits[0]
-    return logits.float().log_softmax(dim=-1)
-
-
 def _fixed_bytes(
     job: Job,
     model: ModelUnderWork,
     groups: list[InputGroup],
-    vocabulary: Mapping[str, tuple[int, int]],
+    vocabulary: list[str],
 ) -> int:
     """Metadata, header, and the tensors that the plan does not choose."""
     source = Checkpoint.open(model.source.folder)
     work = job.work / "base"
     base = gguf_base.prepare(model.source.folder, model.source.gguf, work)
     matches = find_matches(base, source, work)
-    names = [member.name for group in groups for member in group.members] + list(vocabulary)
+    names = [member.name for group in groups for member in group.members] + vocabulary
     chosen = {matches[f"{name}.weight"].tensor for name in names if f"{name}.weight" in matches}
     file = base.file
     types = Types.of(GgufExport(type="mixed"), tied="output.weight" not in file.tensors)

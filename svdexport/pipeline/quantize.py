@@ -3,7 +3,7 @@
 The moments are those of the model that is quantised (compressed or dense), taken in one sweep over
 the calibration tokens; or, in sequence, each group's are taken behind what is quantised already.
 Per export one folder of packed weights is left; the exporters write its bytes as they are. What no
-grid here holds (embeddings, the head, IQ4_NL) is left to the exporters.
+grid here holds, and the embedding and head but for a byte budget's, is left to the exporters.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdexport.checkpoint import Checkpoint
-from svdexport.core.gptq import Quantized, round_to_nearest
+from svdexport.core.gptq import Quantized
 from svdexport.core.grids_gguf import GRIDS
 from svdexport.core.moments import CrossMoments
 from svdexport.core.sequence import sequence_target
@@ -29,15 +28,15 @@ from svdexport.export.onnx import linear_grid
 from svdexport.models.blocks import InputGroup
 from svdexport.models.calibrate import calibrate
 from svdexport.models.loader import load_model
-from svdexport.models.modules import is_linear
 from svdexport.models.sequence import Walk
 from svdexport.models.weights import Weights
-from svdexport.packed import PackedWeight, write_packed
+from svdexport.packed import write_packed
+from svdexport.pipeline import vocabulary
 from svdexport.pipeline.adapters import fit_adapters
 from svdexport.pipeline.artifacts import artifact_name
 from svdexport.pipeline.byte_budget import TYPES_FILE
 from svdexport.pipeline.job import Job, ModelUnderWork, key
-from svdexport.pipeline.quantize_block import BlockQuantizer, packed_parts
+from svdexport.pipeline.quantize_block import BlockQuantizer
 from svdexport.pipeline.sequential import pair_in_sequence
 from svdexport.pipeline.stages import IMPORTANCE, Compressed
 from svdexport.recipe import Export, GgufExport, OnnxExport
@@ -103,7 +102,7 @@ def _quantize(
     assert quantize is not None
     found = (_in_sequence if quantize.sequential else _at_once)(work, folders)
     for spec in filter(_is_mixed, folders):
-        _vocabulary(work.weights.model, work.types, folders[spec])
+        vocabulary.write(work.weights.model, work.types, work.tokens, quantize, folders[spec])
     if source:  # with pairs, the factors stage has left these, and A x besides
         (job.work / "base").mkdir(exist_ok=True)
         save_file(found.importance, job.work / "base" / IMPORTANCE)
@@ -216,22 +215,6 @@ def _in_sequence(work: _Work, folders: dict[Export, Path]) -> _Found:
 
 def _is_mixed(spec: Export) -> bool:
     return isinstance(spec, GgufExport) and spec.type == "mixed"
-
-
-def _vocabulary(network: Any, types: dict[str, str], folder: Path) -> None:
-    """Embedding and head, which have no moments: rounded to nearest in the types chosen."""
-    blocks = {id(p) for module in network.modules() if is_linear(module) for p in [module.weight]}
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    head = network.get_output_embeddings()
-    blocks.discard(id(getattr(head, "weight", None)))
-    packed = {}
-    for name, type_name in types.items():
-        if ".lr_" in name or id(parameters.get(name)) in blocks or name not in parameters:
-            continue
-        grid = GRIDS[type_name]
-        found = round_to_nearest(parameters[name].detach(), None, grid)
-        packed[name] = PackedWeight(type_name, packed_parts(found, grid))
-    write_packed(folder / "vocabulary.safetensors", packed)
 
 
 def _importance(group: InputGroup, moment: Tensor, rows: int) -> dict[str, Tensor]:

@@ -14,14 +14,15 @@ from svdexport import api
 from svdexport.allocate.by_bytes import Option, choose
 from svdexport.core.decompose import decompose
 from svdexport.core.gauge import in_even_gauge, mixed
-from svdexport.core.gptq import GptqConfig, gptq, gptq_pair
+from svdexport.core.gptq import GptqConfig, gptq, gptq_pair, relative_error, round_to_nearest
 from svdexport.core.grids_gguf import GRIDS
 from svdexport.core.lowrank import FactorPair
 from svdexport.core.noise import noise_model, relative_noise
 from svdexport.errors import RecipeError
+from svdexport.pipeline import vocabulary
 from svdexport.pipeline.reporter import Reporter
-from svdexport.recipe import load_recipe
-from tests.unit.gguf_models import make_model
+from svdexport.recipe import Quantize, load_recipe
+from tests.unit.gguf_models import load, make_model
 
 RECIPE = """\
 schema: 1
@@ -130,3 +131,28 @@ def test_what_a_byte_budget_needs_is_said(
     path.write_text(text.replace("BYTES", "1MB"))
     with pytest.raises(RecipeError, match=word):
         load_recipe(path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_is_rounded_in_the_metric_of_its_inputs(tmp_path: Path, tied: bool) -> None:
+    model = load(make_model(tmp_path, "Llama", tie_word_embeddings=tied))
+    tokens = torch.randint(3, 300, (4, 48), generator=torch.Generator().manual_seed(0))
+    inputs = vocabulary.head_inputs(model, tokens)
+    hidden = model(tokens, output_hidden_states=True).hidden_states[-1].detach().double()
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    assert inputs is not None
+    torch.testing.assert_close(inputs, flat.T @ flat, rtol=1e-4, atol=1e-4)
+
+    table, *head = vocabulary.vocabulary(model)
+    assert [table, *head] == ["model.embed_tokens", *([] if tied else ["lm_head"])]
+    weight = model.get_submodule(table).weight.detach()
+    nearest = round_to_nearest(weight, None, GRIDS["IQ4_NL"])
+    found = vocabulary.rounded(model, table, "IQ4_NL", Quantize(), inputs)
+    assert torch.equal(found.values, nearest.values) is not tied
+    plain = vocabulary.rounded(model, table, "IQ4_NL", Quantize(algorithm="rtn"), inputs)
+    assert torch.equal(plain.values, nearest.values)
+    read = model.get_output_embeddings().weight.detach()
+    best = vocabulary.rounded(model, [table, *head][-1], "IQ4_NL", Quantize(), inputs)
+    by_rounding = round_to_nearest(read, None, GRIDS["IQ4_NL"]).values
+    assert best.error < 0.8 * relative_error(read, by_rounding, inputs)
+    assert torch.equal(weight, model.get_submodule(table).weight)

@@ -57,7 +57,7 @@ def slow_gptq(
     return codes
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q3_K"])
+@pytest.mark.parametrize("name", ["Q4_0", "IQ4_NL", "Q4_K", "Q3_K"])
 def test_error_feedback_equals_the_slow_loop(name: str) -> None:
     weight, moment = correlated(6, 256)
     config = GptqConfig(sweeps=0)
@@ -71,7 +71,7 @@ def test_error_feedback_equals_the_slow_loop(name: str) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"])
+@pytest.mark.parametrize("name", ["Q4_0", "IQ4_NL", "Q5_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"])
 def test_layer_error_is_below_rounding_and_below_ggml(name: str, order: str) -> None:
     weight, moment = correlated(48, 512)
     grid = GRIDS[name]
