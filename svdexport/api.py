@@ -194,7 +194,8 @@ def frontier(
     """Files of several sizes beside llama.cpp's plain types, measured; the folder they are in.
 
     Args:
-        budgets: bytes of each file. plain: llama.cpp's mixes, such as ``Q4_K_M``.
+        budgets: bytes of each file. plain: llama.cpp's mixes, such as ``Q4_K_M``; without them
+            the usual ones.
         speed: also time them, against llama.cpp's Q4_0.
 
     Raises:

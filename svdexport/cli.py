@@ -110,9 +110,14 @@ def frontier(
         sizes = [int(parse_bytes(value)) for value in budget]
     except ValueError as error:
         raise RecipeError(f"--budget: {error}") from None
-    mixes = plain or ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"]
     folder = api.frontier(
-        recipe, sizes, out, set_ or [], plain=mixes, speed=not no_speed, reporter=reporter_of(quiet)
+        recipe,
+        sizes,
+        out,
+        set_ or [],
+        plain=plain or [],
+        speed=not no_speed,
+        reporter=reporter_of(quiet),
     )
     show((folder / "frontier.md").read_text(encoding="utf-8"), quiet)
     show(f"written: {folder}", quiet)

@@ -31,7 +31,7 @@ from svdexport.verify.quality import evaluate
 from svdexport.verify.reference import ReferenceLogits
 from svdexport.verify.speed import measure
 
-PLAIN = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+PLAIN = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q4_0", "Q3_K_M", "Q2_K")
 SPEED_BASELINE = "Q4_0"
 _QUALITY = TypeAdapter(Quality)
 
@@ -47,11 +47,14 @@ class Frontier:
 def frontier(job: Job, budgets: Sequence[int], plain: Sequence[str], speed: bool) -> Frontier:
     """Export each budget and each plain mix, measure the files, and write table and pictures.
 
+    Without mixes: those of ``PLAIN``.
+
     Raises:
         RecipeError: the recipe has no budget in bytes, or a mix is unknown.
     """
     if not job.recipe.compress.by_bytes:
         raise RecipeError("frontier needs a recipe with compress.budget: {bytes: ...}")
+    plain = plain or PLAIN
     unknown = sorted(set(plain) - set(MIXES))
     if unknown:
         raise RecipeError(f"{unknown[0]}: not a plain type; one of {', '.join(MIXES)}")
