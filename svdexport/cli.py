@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import shlex
@@ -334,6 +335,8 @@ def main() -> None:
     except Exception:
         logging.getLogger(__name__).exception("a bug in svdexport; please report it")
         sys.exit(EXIT_BUG)
+    finally:
+        gc.freeze()  # a last search for cycles in all of torch would take a second
 
 
 if __name__ == "__main__":

@@ -33,11 +33,14 @@ speed: {threads: 1, rounds: 9, prefill: [32], decode: 8}
 SIZES = {"hidden_size": 128, "intermediate_size": 192}
 
 
-def svdexport(*arguments: str | Path, code: int = 0) -> dict[str, Any]:
-    """The command with --json; its exit code must be ``code``. stdout must be one JSON object."""
+def svdexport(
+    *arguments: str | Path, code: int = 0, codes: tuple[int, ...] | None = None
+) -> dict[str, Any]:
+    """The command with --json; its exit code must be ``code``, or one of ``codes``. stdout must be
+    one JSON object."""
     command = [sys.executable, "-m", "svdexport", *map(str, arguments), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == code, done.stderr + done.stdout
+    assert done.returncode in (codes or (code,)), done.stderr + done.stdout
     assert "Traceback" not in done.stderr
     found = json.loads(done.stdout)
     assert isinstance(found, dict)
@@ -182,11 +185,16 @@ def test_a_gate_out_of_reach_leaves_nothing_under_the_final_name(
     place: Path, gate: str, code: int
 ) -> None:
     out = place / f"gate-{code}"
-    found = svdexport(
+    arguments = (
         "run", place / "recipe.yaml", "--out", out, "--quiet", "--restart",
         "--set", f"gates.{gate}", "--set", "baselines.plain=off",
-        code=code,
     )  # fmt: skip
+    codes, found = (code, 7) if "speedup" in gate else (code,), {}
+    for _ in range(3):  # a busy machine decides nothing, and says so
+        found = svdexport(*arguments, codes=codes)
+        if found["verdict"]["word"] != "inconclusive":
+            break
+    assert found["verdict"]["exit_code"] == code
     assert found["out"] is None
     assert not out.exists()
     failed = [g for g in found["gates"] if not g["passed"]]
