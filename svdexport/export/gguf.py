@@ -18,6 +18,7 @@ from svdexport.export.base import Exported, ExportRequest
 from svdexport.export.gguf_fuse import ARCHITECTURES, fuse_qkv
 from svdexport.export.gguf_importance import NO_IMPORTANCE, Importance, read_importance
 from svdexport.export.gguf_layout import Layout, LayoutBuilder, PairPlace, Ready, stacked
+from svdexport.export.gguf_norms import trained_gains
 from svdexport.export.gguf_packed import ready_tensors
 from svdexport.export.gguf_plan import changed_tensors, make_plan, unproven
 from svdexport.export.gguf_read import check_round_trip, read_back
@@ -57,6 +58,7 @@ def export(request: ExportRequest) -> Exported:
     importance = read_importance(request.work if spec.importance else None, plan.matches)
     kept = pairs_of(spec, base, request.checkpoint, places)
     packed = PackedFolder.open(request.packed)
+    changed |= trained_gains(packed, base, request.checkpoint)
     ready = ready_tensors(packed, plan.matches, kept)
     metadata, layout, types = assembled(
         spec, base, request.checkpoint, places, kept, changed, importance, ready

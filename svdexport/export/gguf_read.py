@@ -12,6 +12,7 @@ from svdexport.errors import MissingExtraError
 from svdexport.export.base import TensorRecord
 from svdexport.export.gguf_fuse import fuse_qkv
 from svdexport.export.gguf_layout import PairPlace
+from svdexport.export.gguf_norms import gains_of, norm_places
 from svdexport.export.gguf_plan import make_plan
 from svdexport.runtimes.gguf_file import adapter_of
 from svdexport.safety.gguf_header import check_gguf
@@ -22,7 +23,8 @@ def read_back(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Matrices of a written file under the checkpoint's names, as float32 in its row order.
 
-    Read with gguf-py, dequantised by its own code. 1-d tensors are left out: they are exact.
+    Read with gguf-py, dequantised by its own code. Of 1-d tensors norms alone are among them, which
+    a run may have trained; the others are the base's bytes.
     Where the file's form is for a stock llama.cpp, a pair comes as ``<linear>.weight``.
     """
     plan = make_plan(checkpoint, source, source_gguf, work)
@@ -45,6 +47,8 @@ def read_back(
             continue
         matrix = match.from_file(reader.values(match.tensor, match.expert))
         yield name, matrix.T if match.transposed else matrix
+    for name, tensor in norm_places(plan.base.file, gains_of(checkpoint)).items():
+        yield name, reader.values(tensor).reshape(-1)
 
 
 def check_round_trip(path: Path, tensors: dict[str, TensorRecord]) -> list[str]:

@@ -39,6 +39,7 @@ from svdexport.pipeline.job import Job, ModelUnderWork, key
 from svdexport.pipeline.quantize_block import BlockQuantizer
 from svdexport.pipeline.sequential import pair_in_sequence
 from svdexport.pipeline.stages import IMPORTANCE, Compressed
+from svdexport.pipeline.tune import tune_gains
 from svdexport.recipe import Export, GgufExport, OnnxExport
 
 MIX = 1.0  # weight of the original inputs beside those behind what is quantised (core/sequence.py)
@@ -106,6 +107,9 @@ def _quantize(
     if source:  # with pairs, the factors stage has left these, and A x besides
         (job.work / "base").mkdir(exist_ok=True)
         save_file(found.importance, job.work / "base" / IMPORTANCE)
+    if quantize.tune is not None:
+        for spec, folder in folders.items():
+            tune_gains(job, model, compressed, spec, folder)
     for spec, products in found.products.items():
         for line in _notes(artifact_name(spec), products):
             job.reporter.note(line)

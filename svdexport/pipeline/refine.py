@@ -27,7 +27,7 @@ from svdexport.models.loader import load_model
 from svdexport.models.modules import LowRankLinear
 from svdexport.pipeline.job import Job, ModelUnderWork, key
 from svdexport.recipe import Recipe, Refine
-from svdexport.recipe.refiners import Training
+from svdexport.recipe.refiners import Training, Tune
 from svdexport.refine import REFINERS, Refined, RefineData
 from svdexport.refine.pairs import set_pair
 
@@ -117,7 +117,7 @@ def _refine(
     scratch: Path,
 ) -> tuple[Refined, Decoder]:
     torch.set_num_threads(job.threads)
-    text = _text(job, model, tokens, config, scratch)
+    text = training_text(job, model, tokens, config, scratch)
     opened = Checkpoint.open(begin)
     student = Decoder(
         load_model(begin, model.source.trust_remote_code).to(_device()), model.structure
@@ -175,7 +175,9 @@ def _in_gauge(found: Refined, student: Decoder, groups: dict[str, list[str]]) ->
     return dataclasses.replace(found, tensors=tensors)
 
 
-def _text(job: Job, model: ModelUnderWork, tokens: Path, config: Refine, scratch: Path) -> Tensor:
+def training_text(
+    job: Job, model: ModelUnderWork, tokens: Path, config: Refine | Tune, scratch: Path
+) -> Tensor:
     """The calibration's tokens, or more of the same source where the refiner asks for them."""
     calibration: Tensor = load_file(tokens)["calibration"]
     if not isinstance(config, Training):

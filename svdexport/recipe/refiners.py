@@ -51,6 +51,13 @@ class Distill(Training):
     train: Literal["pairs", "linears"] = "pairs"
 
 
+class Tune(Training):
+    """Train the gains of the norms behind weights that are quantised already."""
+
+    learning_rate: float = Field(default=3e-3, gt=0, le=1, description="of a gain's own size")
+    batch: int = Field(default=1, ge=1, le=4096)
+
+
 class Lora(Training):
     """SVD-LLM's update: a low-rank change of all B is trained and merged, then one of all A.
 

@@ -21,7 +21,7 @@ from pydantic import (
 
 from svdexport.recipe.exports import CheckpointExport, Export, GgufExport
 from svdexport.recipe.patterns import Patterns, as_tuple
-from svdexport.recipe.refiners import Refine
+from svdexport.recipe.refiners import Refine, Tune
 from svdexport.recipe.section import Section as _Section
 from svdexport.recipe.settings import (
     ALLOCATION_SETTINGS,
@@ -220,6 +220,7 @@ class Quantize(_Section):
     searched by the inputs' mean squares. ``damping`` is added to the moments, as a share of their
     mean. ``order``: columns by falling mean square of their input, or from left to right.
     ``sequential``: each linear is fitted anew to what it meets behind those quantised before it.
+    ``tune``: the norms of each GGUF are then trained towards the dense model's logits.
     """
 
     algorithm: Literal["gptq", "rtn"] = "gptq"
@@ -227,6 +228,7 @@ class Quantize(_Section):
     order: Literal["activation", "natural"] = "activation"
     sweeps: int = Field(default=1, ge=0, le=100)
     sequential: bool = False
+    tune: Tune | None = None
 
     @model_validator(mode="after")
     def _sequential_with_gptq(self) -> Quantize:
@@ -304,6 +306,17 @@ class Recipe(_Section):
 
     # Key path -> path as it was written, so that the hash does not depend on where the recipe lies.
     _written: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _tuned_files(self) -> Recipe:
+        if self.quantize is not None and self.quantize.tune is not None:
+            others = [e for e in self.export if getattr(e, "form", "") not in ("pairs", "stock")]
+            if others:
+                raise ValueError(
+                    "quantize.tune is for GGUF exports of form pairs or stock; leave out "
+                    f"{others[0].format}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _bytes_of_one_file(self) -> Recipe:

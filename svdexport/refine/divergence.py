@@ -53,12 +53,17 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def divergence_of_hidden(
-    decoder: Decoder, tokens: Tensor, student: Tensor, teacher: Tensor, gradient: bool
+    decoder: Decoder,
+    tokens: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    gradient: bool,
+    dense: Decoder | None = None,
 ) -> tuple[float, Tensor | None]:
     """The summed divergence of hidden states after the last block, and its gradient.
 
     Args:
-        decoder: whose final norm and head both take (refiners leave them as they are).
+        decoder: whose final norm and head both take, unless the teacher has those of ``dense``.
         tokens: (batch, tokens). student, teacher: (batch, tokens, width).
 
     Returns: nats, and d nats / d student, or None without ``gradient``.
@@ -69,7 +74,7 @@ def divergence_of_hidden(
         for start in range(0, student.shape[1], CHUNK):
             part = (slice(row, row + 1), slice(start, start + CHUNK))
             with torch.no_grad():
-                expected = decoder.logits(tokens[part], teacher[part])
+                expected = (dense or decoder).logits(tokens[part], teacher[part])
             leaf = student[part].detach().requires_grad_(gradient)
             with torch.set_grad_enabled(gradient):
                 loss = divergence(decoder.logits(tokens[part], leaf), expected)

@@ -26,18 +26,20 @@ def match_logits(
     config: Training,
     trained: dict[str, nn.Parameter],
     schedule: Schedule,
+    dense: Decoder | None = None,
 ) -> Course:
     """Minimise the mean of KL(dense || compressed) over the positions of the text.
 
     Args:
         name: of this training, for people and for the file of its state.
-        trained: the parameters by name; all others stay. The embedding, norms and head must, so
-            that the head of one model serves both.
+        trained: the parameters by name; all others stay.
+        dense: the dense model; without it the student's last norm and head, which then must be the
+            dense model's and stay so, serve both.
     """
     training, held_out = split(data.tokens, data.where)
     module = data.student.module
     with trainable(module, trained), shared_products(module, data.groups):
-        return _train(name, data, config, trained, schedule, training, held_out)
+        return _train(name, data, config, trained, schedule, training, held_out, dense)
 
 
 @contextmanager
@@ -60,6 +62,7 @@ def _train(
     schedule: Schedule,
     training: Tensor,
     held_out: Tensor,
+    dense: Decoder | None,
 ) -> Course:
     student = data.student
     dtype = choose(config.precision, student.device)
@@ -82,7 +85,7 @@ def _train(
             with torch.set_grad_enabled(scale is not None), products_in(dtype, student.device):
                 found = student.hidden(tokens).float()
                 nats, gradient = divergence_of_hidden(
-                    student, tokens, found, expected, scale is not None
+                    student, tokens, found, expected, scale is not None, dense
                 )
             if gradient is not None and scale is not None:
                 found.backward(gradient * scale)  # type: ignore[no-untyped-call]
