@@ -17,7 +17,7 @@ from svdexport.export.gguf_layout import floats
 from svdexport.packed import GGUF_PART, PackedFolder
 from svdexport.runtimes.gguf_file import GgufFile
 
-TRAINED = "F32"  # kind of trained gains in a folder of packed weights
+TRAINED = "gain"  # kind of trained gains, float32, in a folder of packed weights
 
 
 def norm_places(base: GgufFile, gains: Mapping[str, np.ndarray]) -> dict[str, str]:
