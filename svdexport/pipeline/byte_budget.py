@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -62,6 +62,7 @@ def allocate_bytes(
     matrices = vocabulary(model.model)
     budget = recipe.compress.budget
     assert budget is not None and budget.bytes is not None and recipe.quantize is not None
+    ladder = [name for name in LADDER if budget.types is None or name in budget.types]
     options: dict[str, list[Option]] = {}
     data: dict[str, dict[str, Tensor]] = {}
     for block in sorted({group.block for group in groups}):
@@ -71,11 +72,16 @@ def allocate_bytes(
                 found = _of(tensors, group.leader)
                 data[group.leader] = {k: found[k] for k in ("energies", "errors")}
                 options[group.leader] = list(
-                    _group_options(group, found, recipe.compress.rank_multiple)
+                    _group_options(group, found, recipe.compress.rank_multiple, ladder)
                 )
     probes = losses(model.model, matrices, tokens, recipe.quantize)
     for name, loss in probes.items():
-        options[name] = _matrix_options(*matrices[name], loss)
+        options[name] = _matrix_options(*matrices[name], loss, ladder)
+    if stuck := [name for name, found in options.items() if not found]:
+        raise RecipeError(
+            f"compress.budget.types: {', '.join(ladder)}: the rows of {stuck[0]} fill no block of "
+            "any of them; add one with blocks of 32 (Q8_0, Q5_1, Q5_0, IQ4_NL, Q4_0)"
+        )
     fixed = _fixed_bytes(job, model, groups, list(matrices))
     chosen = choose(options, budget.bytes - fixed)
     types = {f"{name}.weight": chosen[name].types[0] for name in probes}
@@ -103,33 +109,33 @@ def stored(type_name: str, row: int, rows: int, alignment: int = 32) -> int:
     return -(-size // alignment) * alignment
 
 
-def _fitting(row: int) -> list[str]:
-    return [name for name in LADDER if row % BLOCKS[name][0] == 0]
+def _fitting(row: int, ladder: Sequence[str]) -> list[str]:
+    return [name for name in ladder if row % BLOCKS[name][0] == 0]
 
 
 def _group_options(
-    group: InputGroup, found: Mapping[str, Tensor], multiple: int
+    group: InputGroup, found: Mapping[str, Tensor], multiple: int, ladder: Sequence[str]
 ) -> Iterator[Option]:
     n = group.members[0].in_features
     dense, of_a, of_b = (found[f"noise.{part}"] for part in ("dense", "a", "b"))
-    for name in _fitting(n):
+    for name in _fitting(n, ladder):
         size = sum(stored(name, n, member.out_features) for member in group.members)
         yield Option(size, relative_noise(name) * float(dense), None, (name,))
     tail = torch.cat([found["energies"].flip(0).cumsum(0).flip(0), torch.zeros(1)])
     largest = len(of_a)
     for rank in range(multiple, largest + 1, multiple):
         entries = ENTRY_BYTES * (1 + len(group.members))
-        for a, b in itertools.product(_fitting(n), _fitting(rank)):
+        for a, b in itertools.product(_fitting(n, ladder), _fitting(rank, ladder)):
             size = entries + stored(a, n, rank)
             size += sum(stored(b, rank, member.out_features) for member in group.members)
             loss = float(tail[rank]) + relative_noise(a) * float(of_a[rank - 1])
             yield Option(size, loss + relative_noise(b) * float(of_b[rank - 1]), rank, (a, b))
 
 
-def _matrix_options(rows: int, columns: int, loss: float) -> list[Option]:
+def _matrix_options(rows: int, columns: int, loss: float, ladder: Sequence[str]) -> list[Option]:
     return [
         Option(stored(name, columns, rows), relative_noise(name) * loss, None, (name,))
-        for name in _fitting(columns)
+        for name in _fitting(columns, ladder)
     ]
 
 

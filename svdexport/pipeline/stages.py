@@ -82,7 +82,8 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
         *(what.damping, what.sequential, sorted(statistics(recipe))),
     )
     if what.by_bytes:  # which also asks for predictions of quantisation losses
-        factors_key = key(factors_key, recipe.quantize)
+        assert recipe.quantize is not None
+        factors_key = key(factors_key, recipe.quantize.model_dump(exclude={"tune"}))
     memory = job.work / MEMORY
     job.stage(
         "factors",

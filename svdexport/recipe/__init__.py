@@ -1,5 +1,6 @@
 """Recipes: what a run does, as one strict YAML file."""
 
+from svdexport.recipe.budget import Budget
 from svdexport.recipe.exports import CheckpointExport, Export, GgufExport, OnnxExport
 from svdexport.recipe.hints import did_you_mean
 from svdexport.recipe.load import (
@@ -12,7 +13,6 @@ from svdexport.recipe.load import (
 from svdexport.recipe.refiners import Distill, Refine
 from svdexport.recipe.schema import (
     Baselines,
-    Budget,
     Calibration,
     Compress,
     Evaluate,

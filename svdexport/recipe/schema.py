@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from svdexport.recipe.budget import Budget
 from svdexport.recipe.exports import CheckpointExport, Export, GgufExport
 from svdexport.recipe.patterns import Patterns, as_tuple
 from svdexport.recipe.refiners import Refine, Tune
@@ -87,29 +88,6 @@ class Calibration(_Section):
                 raise ValueError(f"source is {name}, so {name} must say which")
             if self.source != name and given:
                 raise ValueError(f"{name} is given but source is {self.source}; set source: {name}")
-        return self
-
-
-class Budget(_Section):
-    """How much to keep, how large the file may be, or how much faster a token is to come.
-
-    With ``bytes`` form, rank and type of every matrix are chosen, embedding and head among them,
-    for the one GGUF export of type ``mixed``.
-    """
-
-    param_ratio: float | None = Field(
-        default=None, gt=0, le=1, description="kept share of the factorised linears' parameters"
-    )
-    bytes: Bytes | None = None
-    speedup: float | None = Field(
-        default=None, gt=1, le=100, description="of one token, predicted by timing products here"
-    )
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> Budget:
-        given = [v for v in (self.param_ratio, self.bytes, self.speedup) if v is not None]
-        if len(given) != 1:
-            raise ValueError("give exactly one of param_ratio, bytes and speedup")
         return self
 
 

@@ -110,6 +110,19 @@ def test_the_file_has_at_most_the_bytes_asked_for(tmp_path: Path) -> None:
         assert not any(check["problems"] for check in checks)
 
 
+@pytest.mark.slow
+def test_only_the_types_that_are_given_are_chosen(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "Llama", hidden_size=128, intermediate_size=256)
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.replace("BYTES", "400000, types: [IQ4_NL, Q8_0]"))
+    api.export(path, tmp_path / "out", reporter=Reporter(quiet=True))
+    types = json.loads((tmp_path / ".out.work" / "types.json").read_text())
+    assert set(types.values()) == {"IQ4_NL", "Q8_0"}
+    path.write_text(RECIPE.replace("BYTES", "400000, types: [Q4_K]"))
+    with pytest.raises(RecipeError, match="fill no block of any of them; add one"):
+        api.export(path, tmp_path / "none", reporter=Reporter(quiet=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
@@ -117,6 +130,7 @@ def test_the_file_has_at_most_the_bytes_asked_for(tmp_path: Path) -> None:
         ({"quantize: {algorithm: gptq}\n": ""}, "quantize section"),
         ({"{budget": "{method: svd_llm, budget"}, "method: kfac_svd"),
         ({"bytes: BYTES": "bytes: 1MB, param_ratio: 0.5"}, "exactly one of"),
+        ({"bytes: BYTES": "param_ratio: 0.5, types: [Q4_0]"}, "types is for a budget in bytes"),
         ({"bytes: BYTES": "param_ratio: 0.5"}, "type mixed needs"),
     ],
 )
