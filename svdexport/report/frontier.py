@@ -75,12 +75,18 @@ def _speed(speedup: Speedup | None) -> str:
 
 def sentence(points: Sequence[Point]) -> str:
     """Where ours is better: no larger than ours, does a plain file diverge less?"""
+    plain = [p for p in points if p.plain]
     better: list[str] = []
     worse: list[str] = []
+    alone: list[str] = []
     for own in (p for p in points if not p.plain):
-        rivals = [p.mean_kld for p in points if p.plain and p.bytes <= own.bytes]
-        wins = not rivals or own.mean_kld < min(rivals)
-        (better if wins else worse).append(own.name)
+        rivals = [p.mean_kld for p in plain if p.bytes <= own.bytes]
+        if rivals:
+            (better if own.mean_kld < min(rivals) else worse).append(own.name)
+        else:
+            farther = [p.name for p in plain if p.mean_kld > own.mean_kld]
+            said = f"nearer than {', '.join(farther)}" if farther else "nearer than none of them"
+            alone.append(f"{own.name} is {said}")
     parts = []
     if better:
         parts.append(
@@ -91,4 +97,6 @@ def sentence(points: Sequence[Point]) -> str:
         parts.append(
             f"At {', '.join(worse)} a plain file of llama.cpp that is no larger is nearer."
         )
+    if alone and plain:
+        parts.append(f"All plain files are larger than these: {'; '.join(alone)}.")
     return " ".join(parts)

@@ -39,6 +39,13 @@ def test_the_sentence_compares_with_files_that_are_no_larger() -> None:
     assert "80MB" in worse
 
 
+def test_a_file_smaller_than_all_plain_ones_is_compared_with_the_larger() -> None:
+    said = sentence([*POINTS, point("70MB", 70, 0.22, False), point("60MB", 60, 0.9, False)])
+    last = said.partition("All plain files are larger than these: ")[2]
+    assert last == "70MB is nearer than Q2_K; 60MB is nearer than none of them."
+    assert "70MB" not in said.removesuffix(last)
+
+
 def test_table_and_pictures_show_every_file() -> None:
     text = page(POINTS)
     assert all(f"{p.name} |" in text for p in POINTS)
