@@ -20,7 +20,7 @@ class Budget(Section):
 
     With ``bytes`` form, rank and type of every matrix are chosen, embedding and head among them,
     for the one GGUF export of type ``mixed``; ``types`` are those to choose from. A file of types
-    with fast kernels (Q4_0, IQ4_NL, Q4_K on x86) reads prompts faster than the best of its size.
+    with fast kernels (Q4_0, IQ4_NL, Q4_K on x86) can be faster than the best of its size.
     """
 
     param_ratio: float | None = Field(
