@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -112,9 +112,20 @@ def bench(
     else:
         show(bench_table(found), quiet)
     if found["verdict"] != "ok":
-        show_failure(found["verdict"], found["notes"], quiet)
+        show_failure(found["verdict"], found["notes"] or _decisive(found), quiet)
     codes = {"ok": EXIT_OK, "slower": EXIT_SPEED, "inconclusive": EXIT_NOISY}
     raise typer.Exit(codes[found["verdict"]])
+
+
+def _decisive(found: dict[str, Any]) -> list[str]:
+    """The timings that gave a bench its verdict, with their intervals."""
+    return [
+        f"{artifact['path']}: {timing['metric']} {timing['speedup']['median']:.2f} "
+        f"({timing['speedup']['low']:.2f} to {timing['speedup']['high']:.2f})"
+        for artifact in found["artifacts"]
+        for timing in artifact["timings"]
+        if timing["speedup"] is not None and timing["verdict"] == found["verdict"]
+    ]
 
 
 def compare(

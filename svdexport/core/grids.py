@@ -55,10 +55,8 @@ class Steps:
         grouped = codes.reshape(codes.shape[0], -1, self.size)
         if self.levels is not None:
             return (self.levels[grouped.long()] * self.scale[..., None]).reshape(codes.shape)
-        value = (grouped.float() - self.zero[..., None]) * self.scale[..., None] - self.minimum[
-            ..., None
-        ]
-        return value.reshape(codes.shape)
+        value = (grouped.float() - self.zero[..., None]) * self.scale[..., None]
+        return (value - self.minimum[..., None]).reshape(codes.shape)
 
     def inverse(self) -> Tensor:
         """1 / scale, and 0 where the scale is 0 (or so small that its inverse overflows)."""
