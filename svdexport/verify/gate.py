@@ -1,7 +1,7 @@
 """Gates: what was measured against the recipe's limits, and the exit code that follows.
 
 Every gate takes the pessimistic end of its interval. A speed gate whose rounds were disturbed, or
-whose interval is wide and holds the limit, is `inconclusive`: it has not passed, and has not
+whose interval is wide and near the limit, is `inconclusive`: it has not passed, and has not
 failed either. A gate that is set but was not measured has not passed; no speed gate is for a
 checkpoint.
 
@@ -18,10 +18,7 @@ from collections.abc import Iterator, Sequence
 from svdexport.core.measures import Embeddings, GateResult, Measured, Quality, Timing, Verdict
 from svdexport.errors import EXIT_INPUT, EXIT_NOISY, EXIT_OK, EXIT_QUALITY, EXIT_SPEED
 from svdexport.recipe import Gates
-from svdexport.verify.speed import MAX_DISTURBED, MIN_ROUNDS
-
-# An interval wider than this share of its middle that holds the limit says nothing either way.
-WIDE = 0.10
+from svdexport.verify.speed import MIN_ROUNDS, clear_of, too_disturbed
 
 # gate of the recipe -> figure of Quality, and whether more is worse
 _QUALITY = {
@@ -158,13 +155,13 @@ def _timing_gate(name: str, limit: float, timing: Timing, path: str) -> GateResu
     low, high = timing.speedup.low, timing.speedup.high
     rounds = len(timing.samples)
     passed, inconclusive, detail = low >= limit, False, timing.metric
-    if timing.disturbed_rounds > MAX_DISTURBED * rounds:
+    if too_disturbed(timing.disturbed_rounds, rounds):
         passed, inconclusive = False, True
         detail += f": {timing.disturbed_rounds} of {rounds} rounds were disturbed"
     elif rounds < MIN_ROUNDS:
         passed, inconclusive = False, True
         detail += f": {rounds} rounds are too few"
-    elif not passed and high >= limit and high - low > WIDE * timing.speedup.median:
-        inconclusive = True
-        detail += f": the interval from {low:.2f} to {high:.2f} holds the limit"
+    elif not clear_of(timing.speedup, limit):
+        passed, inconclusive = False, True
+        detail += f": the interval from {low:.2f} to {high:.2f} is wide for such a limit"
     return GateResult(name, limit, low, passed, "speed", path, inconclusive, detail)

@@ -5,10 +5,10 @@ say: onnxruntime's threads spin while they wait and look busy, ggml's wait at ba
 of a step run on one thread. So what is judged is what others took and how long our threads stood
 in line:
 
-- `other_cpu`: busy time of the cores we may use (/proc/stat through psutil), less our own; -
-`waited`: time that our threads were ready to run and had no core (schedstat's run delay, Linux);
-- `steal`: time that the hypervisor gave to other guests; - `throttled`: time that a container's
-CPU quota held us back (cgroup v2).
+- `other_cpu`: busy time of the cores we may use (/proc/stat through psutil), less our own;
+- `waited`: time that our threads were ready to run and had no core (schedstat's run delay, Linux);
+- `steal`: time that the hypervisor gave to other guests;
+- `throttled`: time that a container's CPU quota held us back (cgroup v2).
 
 Where a system tells neither of the first two, a probe asks directly: a fixed piece of work on
 each thread, wall time against CPU time.

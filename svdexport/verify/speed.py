@@ -1,14 +1,16 @@
 """Speed that can be believed: interleaved rounds, ratios round by round, and noise that is told.
 
 The artifacts are loaded side by side. For each metric (each prefill length, then decode) they are
-warmed up and then timed in turn, A B A B ..., so that a slow phase of the machine hits all of
+warmed up and then timed in turn, A B B A A B ..., so that a slow phase of the machine hits all of
 them alike; the ratio is taken within a round. A round in which anything else disturbed any of
 them is marked (see `noise`) and repeated, up to twice the number of rounds asked for. Where more
 than a third of the rounds is marked, the metric's verdict is `inconclusive`, whatever its ratio.
 
 The rounds come in three parts, and before each the artifacts are loaded anew: where their memory
 happens to lie, and how fast the machine happens to be for a minute, moves a ratio by more than
-rounds side by side differ. The interval is one over parts and rounds.
+rounds side by side differ. The interval is one over parts and rounds. Where it is wide (other
+guests of a server, its clock and its memory leave no mark in any counter), further parts follow;
+one that is still wide after the last, and near the limit, makes the verdict `inconclusive`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,12 @@ from svdexport.verify.bootstrap import median_interval
 
 MIN_ROUNDS = 9
 PARTS = 3
+MAX_PARTS = 9
 MAX_DISTURBED = 1 / 3
+# Widths of an interval as shares of its median: parts are added until it is narrow; medians of two
+# runs then agree within 5 %. One that stays wide shows noise.
+NARROW = 0.05
+WIDE = 0.10
 # An interval that lies above this is "not slower": a file against itself must not come out as
 # slower or undecided because of one percent of jitter.
 SAME = 0.98
@@ -103,12 +110,30 @@ def worst(words: Sequence[SpeedWord]) -> SpeedWord:
 
 def judge(speedup: Speedup, disturbed: int, rounds: int) -> SpeedWord:
     """Verdict of a metric: `slower` where the whole interval lies below 1, `ok` where it lies
-    above `SAME`; `inconclusive` where it holds both, and for disturbed or too few rounds."""
-    if disturbed > MAX_DISTURBED * rounds or rounds < MIN_ROUNDS:
+    above `SAME`; `inconclusive` where it holds both, where it is wide and near 1, and for
+    disturbed or too few rounds."""
+    if too_disturbed(disturbed, rounds) or rounds < MIN_ROUNDS or not clear_of(speedup, 1.0):
         return "inconclusive"
     if speedup.low >= SAME:
         return "ok"
     return "slower" if speedup.high < 1.0 else "inconclusive"
+
+
+def too_disturbed(disturbed: int, rounds: int) -> bool:
+    """Whether so many rounds were disturbed that their ratio says nothing."""
+    return disturbed > MAX_DISTURBED * rounds
+
+
+def clear_of(speedup: Speedup, limit: float) -> bool:
+    """Whether the interval is no wider than `WIDE`, or lies farther from the limit than it is
+    wide: another run's wide interval may well lie on the other side."""
+    apart = max(speedup.low - limit, limit - speedup.high)
+    return _width(speedup) <= WIDE or apart >= speedup.high - speedup.low
+
+
+def _width(speedup: Speedup) -> float:
+    """Of the interval, as a share of the median."""
+    return (speedup.high - speedup.low) / speedup.median
 
 
 def _check(runtimes: Sequence[Runtime], settings: SpeedSettings) -> None:
@@ -153,26 +178,45 @@ def _measure_parts(
 ) -> dict[str, list[list[Sample]]]:
     """Rounds by metric, a sample for each runtime in each."""
     found: dict[str, list[list[Sample]]] = {metric.name: [] for metric in metrics}
-    parts = min(PARTS, settings.rounds)
-    for part in range(parts):
+    planned = min(PARTS, settings.rounds)
+    for part in range(MAX_PARTS):
+        asked = settings.rounds // planned + (part < settings.rounds % planned)
+        wanted = [m for m in metrics if _another_part(found[m.name], part, planned, settings)]
+        if not wanted:
+            break
         if part:
             for runtime in runtimes:
                 runtime.reload()
-        before, upto = (settings.rounds * i // parts for i in (part, part + 1))
-        for metric in metrics:
+        for metric in wanted:
             rounds = found[metric.name]
-            if rounds and all(any(s.disturbed for s in r) for r in rounds):
-                continue  # more of them would not make it conclusive
-            tell = partial(_tell, progress, metric.name, before, upto, settings.rounds)
-            rounds += _measure_rounds(runtimes, metric, settings.threads, part, upto - before, tell)
+            tell = partial(_tell, progress, metric.name, len(rounds), asked, settings.rounds)
+            rounds += _measure_rounds(runtimes, metric, settings.threads, part, asked, tell)
     return found
 
 
+def _another_part(
+    rounds: list[list[Sample]], part: int, planned: int, settings: SpeedSettings
+) -> bool:
+    """Whether a metric wants one more part: all that are planned, then until the interval of each
+    artifact is narrow. Noise that is seen, and too few rounds, are not mended by more of them."""
+    if part < planned:
+        return not rounds or not all(_disturbed(r) for r in rounds)
+    if settings.rounds < MIN_ROUNDS or too_disturbed(sum(map(_disturbed, rounds)), len(rounds)):
+        return False
+    others = range(1, len(rounds[0]))
+    return any(_width(_speedup(i, rounds, settings.seed)) > NARROW for i in others)
+
+
+def _disturbed(samples: list[Sample]) -> bool:
+    """Whether anything disturbed one of a round's samples."""
+    return any(sample.disturbed for sample in samples)
+
+
 def _tell(
-    progress: Progress | None, name: str, before: int, upto: int, total: int, done: int
+    progress: Progress | None, name: str, before: int, asked: int, planned: int, done: int
 ) -> None:
     if progress is not None:
-        progress(name, min(before + done, upto), total)
+        progress(name, before + min(done, asked), max(planned, before + asked))
 
 
 def _measure_rounds(
@@ -190,21 +234,30 @@ def _measure_rounds(
     start = time.monotonic()
     while len(rounds) < 2 * wanted:
         tell(len(rounds))
-        rounds.append([_sample(runtime, metric, threads, part) for runtime in runtimes])
+        rounds.append(_round(runtimes, metric, threads, part, backwards=len(rounds) % 2 == 1))
         if _enough(rounds, wanted, time.monotonic() - start):
             break
     return rounds
 
 
+def _round(
+    runtimes: Sequence[Runtime], metric: _Metric, threads: int, part: int, backwards: bool
+) -> list[Sample]:
+    """A sample of each runtime; every other round backwards, so that a drift favours none."""
+    order = runtimes[::-1] if backwards else runtimes
+    samples = [_sample(runtime, metric, threads, part) for runtime in order]
+    return samples[::-1] if backwards else samples
+
+
 def _enough(rounds: list[list[Sample]], wanted: int, seconds: float) -> bool:
     """Whether enough rounds were quiet, or so many were not that more cannot help. Noise can make
     a call a hundred times slower: then a few rounds that are all disturbed have to do."""
-    disturbed = sum(any(s.disturbed for s in r) for r in rounds)
+    disturbed = sum(map(_disturbed, rounds))
     if len(rounds) - disturbed >= wanted:
         return True
     if seconds > PATIENCE_SECONDS and len(rounds) >= 3 and disturbed == len(rounds):
         return True
-    return disturbed > MAX_DISTURBED * 2 * wanted
+    return too_disturbed(disturbed, 2 * wanted)
 
 
 def _sample(runtime: Runtime, metric: _Metric, threads: int, part: int) -> Sample:
@@ -234,10 +287,8 @@ def _sample(runtime: Runtime, metric: _Metric, threads: int, part: int) -> Sampl
 
 def _timing(index: int, metric: _Metric, rounds: list[list[Sample]], seed: int) -> Timing:
     """One artifact's timing. A round counts as disturbed for all where it was for one of them."""
-    marked = [any(s.disturbed for s in r) for r in rounds]
-    quiet = [r for r, bad in zip(rounds, marked, strict=True) if not bad]
-    used = quiet if len(quiet) >= 2 else rounds
-    seconds = float(np.median([r[index].seconds for r in used]))
+    marked = list(map(_disturbed, rounds))
+    seconds = float(np.median([r[index].seconds for r in _used(rounds)]))
     samples = tuple(
         r[index]
         if r[index].disturbed or not bad
@@ -247,12 +298,23 @@ def _timing(index: int, metric: _Metric, rounds: list[list[Sample]], seed: int) 
     speedup = None
     verdict: SpeedWord | None = None
     if index > 0:
-        ratios = [r[0].seconds / r[index].seconds for r in used]
-        speedup = median_interval(ratios, seed, [r[0].part for r in used])
+        speedup = _speedup(index, rounds, seed)
         verdict = judge(speedup, sum(marked), len(rounds))
     return Timing(
         metric.name, metric.tokens, metric.tokens / seconds, speedup, verdict, sum(marked), samples
     )
+
+
+def _used(rounds: list[list[Sample]]) -> list[list[Sample]]:
+    """The rounds that nothing disturbed; all where fewer than two are left."""
+    quiet = [samples for samples in rounds if not _disturbed(samples)]
+    return quiet if len(quiet) >= 2 else rounds
+
+
+def _speedup(index: int, rounds: list[list[Sample]], seed: int) -> Speedup:
+    used = _used(rounds)
+    ratios = [r[0].seconds / r[index].seconds for r in used]
+    return median_interval(ratios, seed, [r[0].part for r in used])
 
 
 def _artifact(index: int, runtimes: Sequence[Runtime], timings: list[Timing]) -> ArtifactSpeed:

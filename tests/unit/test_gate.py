@@ -132,15 +132,18 @@ def test_failure_on_quiet_rounds_counts_more_than_an_open_question() -> None:
     assert verdict.exit_code == EXIT_SPEED
 
 
-def test_wide_interval_that_holds_the_limit_is_inconclusive() -> None:
+def test_wide_interval_near_the_limit_is_inconclusive() -> None:
     def code(low: float, high: float, rounds: int = 9) -> int:
         one = speed(timing("prefill_128", 2, 2.1), timing("decode_64", low, high, rounds=rounds))
         return gate.judge(GOOD, [dataclasses.replace(measured(), speed=one)])[1].exit_code
 
     assert code(1.0, 1.4) == EXIT_NOISY
     assert code(1.09, 1.12) == EXIT_SPEED
-    assert code(0.7, 1.09) == EXIT_SPEED
-    assert code(1.11, 1.8) == EXIT_OK
+    assert code(0.7, 1.09) == EXIT_NOISY
+    assert code(0.6, 0.8) == EXIT_SPEED
+    assert code(1.11, 1.8) == EXIT_NOISY
+    assert code(1.5, 1.8) == EXIT_OK
+    assert code(1.11, 1.2) == EXIT_OK
     assert code(1.5, 1.6, rounds=5) == EXIT_NOISY
 
 
