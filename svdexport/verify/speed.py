@@ -6,7 +6,7 @@ them alike; the ratio is taken within a round. A round in which anything else di
 them is marked (see `noise`) and repeated, up to twice the number of rounds asked for. Where more
 than a third of the rounds is marked, the metric's verdict is `inconclusive`, whatever its ratio.
 
-The rounds come in three parts, and before each the artifacts are loaded anew: where their memory
+The rounds come in five parts, and before each the artifacts are loaded anew: where their memory
 happens to lie, and how fast the machine happens to be for a minute, moves a ratio by more than
 rounds side by side differ. The interval is one over parts and rounds. Where it is wide (other
 guests of a server, its clock and its memory leave no mark in any counter), further parts follow;
@@ -16,6 +16,7 @@ one that is still wide after the last, and near the limit, makes the verdict `in
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -40,8 +41,8 @@ from svdexport.verify import noise
 from svdexport.verify.bootstrap import median_interval
 
 MIN_ROUNDS = 9
-PARTS = 3
-MAX_PARTS = 9
+PARTS = 5
+MAX_PARTS = 15
 MAX_DISTURBED = 1 / 3
 # Widths of an interval as shares of its median: parts are added until it is narrow; medians of two
 # runs then agree within 5 %. One that stays wide shows noise.
@@ -180,7 +181,7 @@ def _measure_parts(
     found: dict[str, list[list[Sample]]] = {metric.name: [] for metric in metrics}
     planned = min(PARTS, settings.rounds)
     for part in range(MAX_PARTS):
-        asked = settings.rounds // planned + (part < settings.rounds % planned)
+        asked = math.ceil((settings.rounds - part % planned) / planned)
         wanted = [m for m in metrics if _another_part(found[m.name], part, planned, settings)]
         if not wanted:
             break

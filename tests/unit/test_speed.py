@@ -243,7 +243,7 @@ def test_rounds_come_in_parts_and_files_are_loaded_anew_for_each(tmp_path: Path)
         parts = [sample.part for sample in timing.samples if not sample.disturbed]
         assert parts == sorted(parts)
         if not timing.disturbed_rounds:
-            assert [parts.count(part) for part in range(speed.PARTS)] == [4, 3, 3]
+            assert [parts.count(part) for part in range(speed.PARTS)] == [2] * 5
 
 
 def rounds_of(ratios: list[list[float]], disturbed: int = 0) -> list[list[Sample]]:
@@ -263,7 +263,7 @@ def test_a_wide_interval_asks_for_another_part_and_a_narrow_one_does_not() -> No
     wide = rounds_of([[1.20, 1.21, 1.20], [1.21, 1.20, 1.22], [1.05, 1.04, 1.06]])
     assert not speed._another_part(narrow, 3, 3, SETTINGS)
     assert speed._another_part(wide, 3, 3, SETTINGS)
-    assert speed._another_part(narrow[:3], 1, 3, SETTINGS)
+    assert speed._another_part(narrow[:3], 1, 3, SETTINGS)  # planned
     # noise that is marked, and too few rounds, are not mended by more
     assert not speed._another_part(
         rounds_of([[1.2] * 3, [1.2] * 3, [1.0] * 3], disturbed=4), 3, 3, SETTINGS
@@ -289,7 +289,7 @@ def test_parts_are_added_while_the_interval_stays_wide_and_then_end(tmp_path: Pa
     if timing.disturbed_rounds <= len(timing.samples) / 3:
         assert {sample.part for sample in timing.samples} == set(range(speed.MAX_PARTS))
         assert timing.verdict == "inconclusive"
-        assert ("prefill_64", 24, 27) in said
+        assert ("prefill_64", 26, 27) in said
     assert all(done <= planned for _, done, planned in said)
 
 
