@@ -3,6 +3,9 @@
 A folder of safetensors files. For a checkpoint tensor ``name`` in a format ``kind`` (a ggml type,
 or an ONNX grid such as ``nbits-4-32-symmetric``) the entries ``name#part`` hold its bytes, and each
 file's metadata says the kinds. Exporters write these bytes as they are.
+
+A linear that the checkpoint has dense may have a pair here besides, for what its quantised matrix
+loses (residual form); the metadata then says under whose name its A stands.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from svdexport.errors import InputError
 
 KINDS = "kinds"
+LEADERS = "leaders"
 GGUF_PART = "data"  # uint8 (rows, bytes of a row)
 
 
@@ -33,11 +38,13 @@ class PackedFolder:
     """An opened folder.
 
     Attributes:
-        files: tensor -> file. kinds: tensor -> format.
+        files: tensor -> file. kinds: tensor -> format. leaders: of a linear in residual form, the
+            one whose A it uses.
     """
 
     files: dict[str, Path]
     kinds: dict[str, str]
+    leaders: dict[str, str]
 
     @classmethod
     def open(cls, folder: Path | None) -> PackedFolder:
@@ -46,15 +53,17 @@ class PackedFolder:
 
         files: dict[str, Path] = {}
         kinds: dict[str, str] = {}
+        leaders: dict[str, str] = {}
         for path in sorted(folder.glob("*.safetensors")) if folder else ():
             try:
                 with safe_open(path, framework="numpy") as file:
                     found = json.loads(file.metadata()[KINDS])
+                    leaders |= json.loads(file.metadata().get(LEADERS, "{}"))
             except (SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{path}: not a file of packed weights ({error})") from None
             kinds |= found
             files |= dict.fromkeys(found, path)
-        return cls(files, kinds)
+        return cls(files, kinds, leaders)
 
     def read(self, tensor: str) -> PackedWeight:
         """A tensor's bytes."""
@@ -66,8 +75,12 @@ class PackedFolder:
         return PackedWeight(self.kinds[tensor], parts)
 
 
-def write_packed(path: Path, weights: Mapping[str, PackedWeight]) -> None:
-    """Write one file of the folder, whole or not at all."""
+def write_packed(
+    path: Path,
+    weights: Mapping[str, PackedWeight],
+    leaders: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write one file of the folder, whole or not at all. ``leaders``: see ``PackedFolder``."""
     from safetensors.numpy import save_file
 
     arrays = {
@@ -77,5 +90,8 @@ def write_packed(path: Path, weights: Mapping[str, PackedWeight]) -> None:
     }
     kinds = {name: weight.kind for name, weight in weights.items()}
     making = path.with_suffix(".making")
-    save_file(arrays, making, metadata={KINDS: json.dumps(kinds)})
+    metadata = {KINDS: json.dumps(kinds)}
+    if leaders:
+        metadata[LEADERS] = json.dumps(dict(leaders), sort_keys=True)
+    save_file(arrays, making, metadata=metadata)
     making.replace(path)

@@ -20,13 +20,19 @@ class Option:
 
     Attributes:
         bytes: in the exported file. loss: predicted, comparable across parts.
-        rank: None is dense. types: ggml types, of the dense matrix, or of A and B.
+        rank: of a pair; None is dense. types: ggml types: of A and B, of the dense matrix, or of
+            all three where a pair stands beside a quantised matrix (residual form).
     """
 
     bytes: int
     loss: float
     rank: int | None
     types: tuple[str, ...]
+
+    @property
+    def residual(self) -> bool:
+        """Whether a pair holds what quantising the dense matrix loses."""
+        return len(self.types) == 3
 
 
 def choose(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:

@@ -27,12 +27,13 @@ class Residual:
         base: float32 (m, n), the values that the file's grid holds.
         pair: A (k, n) and B (m, k), float32, as rounded by ``round_pair``.
         losses: tr(G R H R^T) / tr(G W H W^T) of R = W - Q - B A after each round; that of the
-            result is the smallest.
+            result is the smallest, of round ``best``, counted from 0.
     """
 
     base: Tensor
     pair: FactorPair
     losses: tuple[float, ...]
+    best: int
 
 
 def fit_residual(
@@ -69,7 +70,7 @@ def fit_residual(
     damped = None if gradients is None else [_damped(g, output_damping) for g in gradients]
     zero = torch.zeros_like(w[:, :1]), torch.zeros_like(w[:1])
     total = pair_loss(w, zero[1], zero[0], metric, damped)
-    pair, best, losses = start, None, []
+    pair, kept, losses = start, None, []
     for _ in range(rounds):
         rest = w if pair is None else w - pair.dense().double()
         base = quantize(rest.float()).float()
@@ -82,10 +83,10 @@ def fit_residual(
         pair = found if round_pair is None else round_pair(found)
         loss = pair_loss(error, pair.a.double(), pair.b.double(), metric, damped)
         losses.append(loss / total if total > 0 else 0.0)
-        if best is None or losses[-1] <= min(losses[:-1]):
-            best = base, pair
-    assert best is not None
-    return Residual(*best, tuple(losses))
+        if kept is None or losses[-1] < losses[kept[2]]:
+            kept = base, pair, len(losses) - 1
+    assert kept is not None
+    return Residual(*kept[:2], tuple(losses), kept[2])
 
 
 def _damped(moment: Tensor, damping: float) -> Tensor:

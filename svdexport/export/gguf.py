@@ -22,8 +22,9 @@ from svdexport.export.gguf_norms import trained_gains
 from svdexport.export.gguf_packed import ready_tensors
 from svdexport.export.gguf_plan import changed_tensors, make_plan, unproven
 from svdexport.export.gguf_read import check_round_trip, read_back
+from svdexport.export.gguf_residual import beside_dense
 from svdexport.export.gguf_types import Types, file_type
-from svdexport.export.gguf_write import string, u32, u64, write
+from svdexport.export.gguf_write import Planned, string, u32, u64, write
 from svdexport.packed import PackedFolder
 from svdexport.recipe import GgufExport
 from svdexport.runtimes.gguf_file import FORM_KEY, LORA_FORM, GgufFile, adapter_path
@@ -60,8 +61,9 @@ def export(request: ExportRequest) -> Exported:
     packed = PackedFolder.open(request.packed)
     changed |= trained_gains(packed, base, request.checkpoint)
     ready = ready_tensors(packed, plan.matches, kept)
+    factors = beside_dense(packed, plan.matches, base)
     metadata, layout, types = assembled(
-        spec, base, request.checkpoint, places, kept, changed, importance, ready
+        spec, base, request.checkpoint, places, kept, changed, importance, ready, factors
     )
     layout.notes += unproven(plan)
     records = write(out, metadata, layout.tensors, base.alignment)
@@ -95,18 +97,21 @@ def assembled(
     changed: Mapping[str, Callable[[], np.ndarray]] = MappingProxyType({}),
     importance: Importance = NO_IMPORTANCE,
     ready: Mapping[str, Ready] = MappingProxyType({}),
+    beside: Mapping[str, list[Planned]] = MappingProxyType({}),
 ) -> tuple[list[bytes], Layout, Types]:
     """Metadata and tensors of the file, no value computed yet; and the types that were chosen.
 
     Args:
         places: of all pairs. kept: of those that the file has as pairs.
         changed, ready: tensors whose rows are not the base's, and those quantised before.
+        beside: factors that stand beside a dense tensor.
     """
     types = Types.of(spec, tied="output.weight" not in base.tensors)
-    layout = LayoutBuilder(base, checkpoint, types, kept, changed, importance, ready).build()
+    builder = LayoutBuilder(base, checkpoint, types, kept, changed, importance, ready, beside)
+    layout = builder.build()
     form = spec.form if places else "pairs"
     number = file_type(spec.type, ((t.type, t.nbytes) for t in layout.tensors))
-    return merged_metadata(base, number, form, layout if kept else None), layout, types
+    return merged_metadata(base, number, form, layout if kept or beside else None), layout, types
 
 
 def merged_metadata(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -74,14 +75,19 @@ class Layout:
 
 
 def pair_places(checkpoint: Checkpoint, matches: dict[str, Match]) -> list[PairPlace]:
-    """Names for every pair of the checkpoint.
+    """Names for every pair of the checkpoint. Raises as ``places_of`` does."""
+    return places_of(checkpoint.groups, matches)
+
+
+def places_of(groups: Mapping[str, Sequence[str]], matches: Mapping[str, Match]) -> list[PairPlace]:
+    """Names for the pairs of linears that share an A, by their leaders.
 
     Raises InputError where a pair's dense matrix was not found in the base, or stands there for
     another weight too.
     """
     users = Counter((match.tensor, match.expert) for match in matches.values())
     places = []
-    for leader, members in checkpoint.groups.items():
+    for leader, members in groups.items():
         for member in members:
             match = matches.get(f"{member}.weight")
             if match is None:
@@ -130,6 +136,7 @@ class LayoutBuilder:
         changed: Mapping[str, Callable[[], np.ndarray]],
         importance: Importance,
         ready: Mapping[str, Ready],
+        beside: Mapping[str, list[Planned]] = MappingProxyType({}),
     ) -> None:
         self._base = base
         self._checkpoint = checkpoint
@@ -142,6 +149,7 @@ class LayoutBuilder:
         self._changed = changed
         self._importance = importance
         self._ready = ready
+        self._beside = beside
         self._packed: Counter[str] = Counter()
         self._layout = Layout()
         self._fallbacks: Counter[tuple[str, str, str]] = Counter()
@@ -156,6 +164,8 @@ class LayoutBuilder:
                 self._add_pair(places)
             else:
                 self._add_dense(name)
+            if beside := self._beside.get(name):
+                self._add_beside(name, beside)
         self._note_fallbacks()
         self._note_copies()
         self._note_requantised()
@@ -199,6 +209,18 @@ class LayoutBuilder:
             ),
             self._importance.of_second(leaders, rank),
         )
+
+    def _add_beside(self, name: str, factors: list[Planned]) -> None:
+        """A pair for what a quantised matrix loses; a shared A once."""
+        elements = int(np.prod(self._base.tensors[name].ne, dtype=np.int64))
+        self._layout.params_dense += elements
+        self._layout.params += elements
+        for planned in factors:
+            if planned.name not in self._done:
+                self._done.add(planned.name)
+                self._packed[planned.type] += 1
+                self._layout.params += int(np.prod(planned.ne, dtype=np.int64))
+                self._layout.tensors.append(planned)
 
     def _pair(self, place: PairPlace) -> FactorPair:
         return self._checkpoint.pair(place.linear)

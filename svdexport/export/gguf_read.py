@@ -12,8 +12,10 @@ from svdexport.errors import MissingExtraError
 from svdexport.export.base import TensorRecord
 from svdexport.export.gguf_fuse import fuse_qkv
 from svdexport.export.gguf_layout import PairPlace
+from svdexport.export.gguf_match import Match
 from svdexport.export.gguf_norms import gains_of, norm_places
 from svdexport.export.gguf_plan import make_plan
+from svdexport.export.gguf_residual import first_factor
 from svdexport.runtimes.gguf_file import adapter_of
 from svdexport.safety.gguf_header import check_gguf
 
@@ -25,7 +27,8 @@ def read_back(
 
     Read with gguf-py, dequantised by its own code. Of 1-d tensors norms alone are among them, which
     a run may have trained; the others are the base's bytes.
-    Where the file's form is for a stock llama.cpp, a pair comes as ``<linear>.weight``.
+    Where the file's form is for a stock llama.cpp, or a pair stands beside a dense matrix, it comes
+    as the ``<linear>.weight`` that the runtime computes with.
     """
     plan = make_plan(checkpoint, source, source_gguf, work)
     reader = _Reader(path)
@@ -45,7 +48,7 @@ def read_back(
     for name, match in plan.matches.items():
         if name in compressed or not checkpoint.has(name):
             continue
-        matrix = match.from_file(reader.values(match.tensor, match.expert))
+        matrix = match.from_file(_with_pair(reader, match))
         yield name, matrix.T if match.transposed else matrix
     for name, tensor in norm_places(plan.base.file, gains_of(checkpoint)).items():
         yield name, reader.values(tensor).reshape(-1)
@@ -109,6 +112,18 @@ class _Reader:
         values: np.ndarray = self._dequantize(data, tensor.tensor_type)
         shape = [int(n) for n in tensor.shape[::-1]][0 if expert is None else 1 :]
         return values.astype(np.float32).reshape(shape)
+
+
+def _with_pair(reader: _Reader, match: Match) -> np.ndarray:
+    """A dense matrix, and the product of the pair beside it where there is one; rows as in the
+    file."""
+    weight = reader.values(match.tensor, match.expert)
+    stem = match.tensor.removesuffix(".weight")
+    first = first_factor(stem, reader.tensors)
+    if first is None:
+        return weight
+    both: np.ndarray = weight + reader.values(f"{stem}.lr_b.weight") @ reader.values(first)
+    return both
 
 
 def _stock_weight(reader: _Reader, place: PairPlace) -> np.ndarray:

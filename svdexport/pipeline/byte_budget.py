@@ -1,9 +1,10 @@
 """``budget: {bytes: ...}``: form, rank and type of every matrix, so that the GGUF fits.
 
-Options of a group of linears: dense at each type, or a pair of each rank with each type for A and
-for B. Losses are predicted from the moments (:mod:`svdexport.core.noise`); that of the embedding
-and the head is measured once (:mod:`svdexport.pipeline.vocabulary`) and scaled by the types'
-noise. Bytes are those of the exported file, alignment and headers included.
+Options of a group of linears: dense at each type, a pair of each rank with each type for A and for
+B, or both: a quantised matrix and a pair of small rank for what that loses. Losses are predicted
+from the moments (:mod:`svdexport.core.noise`); that of the embedding and the head is measured once
+(:mod:`svdexport.pipeline.vocabulary`) and scaled by the types' noise. Bytes are those of the
+exported file, alignment and headers included.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ from svdexport.runtimes.gguf_file import BLOCKS, nbytes
 
 TYPES_FILE = "types.json"  # checkpoint tensor -> ggml type
 LADDER = tuple(sorted(GRIDS, key=lambda name: BLOCKS[name][1] / BLOCKS[name][0]))
+RESIDUAL_FILE = "residual.json"  # leader -> linears in residual form and the rank of their pair
+RESIDUAL_RANKS = (32, 64, 128, 256)
+RESIDUAL_TYPES = ("Q8_0", "Q4_0")
+BESIDE = "dense, with a pair for what its type loses"
 ENTRY_BYTES = 160  # more than a tensor's entry in the header takes
 OWN_METADATA_BYTES = 512
 EXPERTS = "a budget in bytes leaves the experts of a mixture dense"
@@ -48,7 +53,7 @@ EXPERTS = "a budget in bytes leaves the experts of a mixture dense"
 def allocate_bytes(
     job: Job, model: ModelUnderWork, factors: Path, tokens: Tensor
 ) -> list[GroupPlan]:
-    """The plan, and ``types.json`` in the work folder.
+    """The plan, and ``types.json`` and ``residual.json`` in the work folder.
 
     Raises RecipeError where the smallest choice of every tensor is too large.
     """
@@ -71,9 +76,13 @@ def allocate_bytes(
             if group.block == block:
                 found = _of(tensors, group.leader)
                 data[group.leader] = {k: found[k] for k in ("energies", "errors")}
-                options[group.leader] = list(
-                    _group_options(group, found, recipe.compress.rank_multiple, ladder)
-                )
+                multiple = recipe.compress.rank_multiple
+                options[group.leader] = [
+                    option
+                    for form, made in _group_options(group, found, multiple, ladder)
+                    if form in budget.forms
+                    for option in made
+                ]
     probes = losses(model.model, matrices, tokens, recipe.quantize)
     for name, loss in probes.items():
         options[name] = _matrix_options(*matrices[name], loss, ladder)
@@ -87,7 +96,16 @@ def allocate_bytes(
     types = {f"{name}.weight": chosen[name].types[0] for name in probes}
     for group in groups:
         types |= _types_of(group, chosen[group.leader])
+    beside = {
+        group.leader: {
+            "linears": [member.name for member in group.members],
+            "rank": chosen[group.leader].rank,
+        }
+        for group in groups
+        if chosen[group.leader].residual
+    }
     write_atomic(job.work / TYPES_FILE, json.dumps(types, indent=1, sort_keys=True))
+    write_atomic(job.work / RESIDUAL_FILE, json.dumps(beside, indent=1, sort_keys=True))
     for line in _summary(chosen, fixed, budget.bytes, tokens.numel()):
         job.reporter.note(line)
     return [
@@ -115,21 +133,53 @@ def _fitting(row: int, ladder: Sequence[str]) -> list[str]:
 
 def _group_options(
     group: InputGroup, found: Mapping[str, Tensor], multiple: int, ladder: Sequence[str]
+) -> Iterator[tuple[str, Iterator[Option]]]:
+    """Options by form. Residual ones as GPTQ leaves the dense error, whose leading directions the
+    pair takes; its factors are rounded too."""
+    yield "dense", _dense_options(group, found, ladder)
+    yield "pair", _pair_options(group, found, multiple, ladder)
+    yield "residual", _residual_options(group, found, ladder)
+
+
+def _dense_options(
+    group: InputGroup, found: Mapping[str, Tensor], ladder: Sequence[str]
 ) -> Iterator[Option]:
     n = group.members[0].in_features
-    dense, of_a, of_b = (found[f"noise.{part}"] for part in ("dense", "a", "b"))
     for name in _fitting(n, ladder):
         size = sum(stored(name, n, member.out_features) for member in group.members)
-        yield Option(size, relative_noise(name) * float(dense), None, (name,))
+        yield Option(size, relative_noise(name) * float(found["noise.dense"]), None, (name,))
+
+
+def _pair_bytes(group: InputGroup, rank: int, a: str, b: str) -> int:
+    size = ENTRY_BYTES * (1 + len(group.members)) + stored(a, group.members[0].in_features, rank)
+    return size + sum(stored(b, rank, member.out_features) for member in group.members)
+
+
+def _pair_options(
+    group: InputGroup, found: Mapping[str, Tensor], multiple: int, ladder: Sequence[str]
+) -> Iterator[Option]:
+    n = group.members[0].in_features
+    of_a, of_b = found["noise.a"], found["noise.b"]
     tail = torch.cat([found["energies"].flip(0).cumsum(0).flip(0), torch.zeros(1)])
-    largest = len(of_a)
-    for rank in range(multiple, largest + 1, multiple):
-        entries = ENTRY_BYTES * (1 + len(group.members))
+    for rank in range(multiple, len(of_a) + 1, multiple):
         for a, b in itertools.product(_fitting(n, ladder), _fitting(rank, ladder)):
-            size = entries + stored(a, n, rank)
-            size += sum(stored(b, rank, member.out_features) for member in group.members)
             loss = float(tail[rank]) + relative_noise(a) * float(of_a[rank - 1])
-            yield Option(size, loss + relative_noise(b) * float(of_b[rank - 1]), rank, (a, b))
+            loss += relative_noise(b) * float(of_b[rank - 1])
+            yield Option(_pair_bytes(group, rank, a, b), loss, rank, (a, b))
+
+
+def _residual_options(
+    group: InputGroup, found: Mapping[str, Tensor], ladder: Sequence[str]
+) -> Iterator[Option]:
+    left = found["noise.left"]
+    factors = [name for name in RESIDUAL_TYPES if name in ladder]
+    for dense in _dense_options(group, found, ladder):
+        for rank, name in itertools.product(RESIDUAL_RANKS, factors):
+            if rank < len(left) - 1 and name in _fitting(group.members[0].in_features, ladder):
+                share = float(left[rank])
+                share += 2 * relative_noise(name) * (1.0 - share)
+                size = dense.bytes + _pair_bytes(group, rank, name, name)
+                yield Option(size, dense.loss * share, rank, (*dense.types, name, name))
 
 
 def _matrix_options(rows: int, columns: int, loss: float, ladder: Sequence[str]) -> list[Option]:
@@ -167,16 +217,20 @@ def _fixed_bytes(
 
 
 def _types_of(group: InputGroup, option: Option) -> dict[str, str]:
-    if option.rank is None:
-        return {f"{member.name}.weight": option.types[0] for member in group.members}
-    return {f"{group.leader}.lr_a.weight": option.types[0]} | {
-        f"{member.name}.lr_b.weight": option.types[1] for member in group.members
-    }
+    types = {}
+    if option.rank is None or option.residual:
+        types = {f"{member.name}.weight": option.types[0] for member in group.members}
+    if option.rank is not None:
+        a, b = option.types[-2:]
+        types[f"{group.leader}.lr_a.weight"] = a
+        types |= {f"{member.name}.lr_b.weight": b for member in group.members}
+    return types
 
 
 def _plan(group: InputGroup, option: Option, data: Mapping[str, Tensor]) -> GroupPlan:
-    if option.rank is None:
-        return GroupPlan(group, Allocation(None, DENSE_PAYS), option.loss, 0.0)
+    if option.rank is None or option.residual:
+        reason = BESIDE if option.residual else DENSE_PAYS
+        return GroupPlan(group, Allocation(None, reason), option.loss, 0.0)
     error = float(data["errors"][option.rank - 1])
     return GroupPlan(group, Allocation(option.rank), option.loss, error)
 
@@ -188,8 +242,11 @@ def _summary(chosen: Mapping[str, Option], fixed: int, budget: int, tokens: int)
         f"byte budget {budget:,}: {total:,} planned, {fixed:,} of them metadata, norms and "
         f"headers; predicted divergence {loss:.3g} a token"
     )
-    kinds = Counter(
-        ("dense " if option.rank is None else "pair ") + " x ".join(option.types)
-        for option in chosen.values()
-    )
+    kinds = Counter(map(_kind, chosen.values()))
     yield "; ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+
+
+def _kind(option: Option) -> str:
+    if option.residual:
+        return f"residual {option.types[0]} + {' x '.join(option.types[1:])}"
+    return ("dense " if option.rank is None else "pair ") + " x ".join(option.types)

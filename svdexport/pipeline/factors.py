@@ -309,6 +309,7 @@ def _noise(recipe: Recipe, leader: str, found: Decomposition, data: GroupData) -
         f"{leader}.noise.dense": dense,
         f"{leader}.noise.a": model.a,
         f"{leader}.noise.b": model.b,
+        f"{leader}.noise.left": model.left,
     }
 
 

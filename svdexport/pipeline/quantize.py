@@ -34,7 +34,7 @@ from svdexport.packed import write_packed
 from svdexport.pipeline import vocabulary
 from svdexport.pipeline.adapters import fit_adapters
 from svdexport.pipeline.artifacts import artifact_name
-from svdexport.pipeline.byte_budget import TYPES_FILE
+from svdexport.pipeline.byte_budget import RESIDUAL_FILE, TYPES_FILE
 from svdexport.pipeline.job import Job, ModelUnderWork, key
 from svdexport.pipeline.quantize_block import BlockQuantizer
 from svdexport.pipeline.sequential import pair_in_sequence
@@ -97,7 +97,7 @@ def _quantize(
         model.weights if original else Weights(load_model(compressed.checkpoint)),
         Checkpoint.open(compressed.checkpoint),
         load_file(compressed.tokens)["calibration"],
-        json.loads((job.work / TYPES_FILE).read_text()) if job.recipe.compress.by_bytes else {},
+        *_chosen(job),
     )
     quantize = job.recipe.quantize
     assert quantize is not None
@@ -117,7 +117,8 @@ def _quantize(
 
 @dataclass(frozen=True)
 class _Work:
-    """What is quantised: the checkpoint and its model, the tokens, the types of a byte budget."""
+    """What is quantised: the checkpoint and its model, the tokens; of a byte budget the types, and
+    by linear in residual form the one whose A it uses and the rank."""
 
     job: Job
     model: ModelUnderWork
@@ -125,12 +126,26 @@ class _Work:
     checkpoint: Checkpoint
     tokens: Tensor
     types: dict[str, str]
+    residual: dict[str, tuple[str, int]]
 
     def block(self, spec: Export) -> BlockQuantizer:
         quantize = self.job.recipe.quantize
         assert quantize is not None
-        types = self.types if _is_mixed(spec) else {}
-        return BlockQuantizer(self.weights, self.checkpoint, spec, quantize, types)
+        mixed = (self.types, self.residual) if _is_mixed(spec) else ({}, {})
+        return BlockQuantizer(self.weights, self.checkpoint, spec, quantize, *mixed)
+
+
+def _chosen(job: Job) -> tuple[dict[str, str], dict[str, tuple[str, int]]]:
+    """What a budget in bytes has left in the work folder."""
+    if not job.recipe.compress.by_bytes:
+        return {}, {}
+    types, residual = ((job.work / name).read_text() for name in (TYPES_FILE, RESIDUAL_FILE))
+    beside = json.loads(residual)
+    return json.loads(types), {
+        name: (leader, found["rank"])
+        for leader, found in beside.items()
+        for name in found["linears"]
+    }
 
 
 @dataclass(frozen=True)
@@ -141,7 +156,7 @@ class _Found:
     products: dict[Export, list[tuple[str, Quantized]]] = field(default_factory=dict)
 
     def keep(self, spec: Export, block: BlockQuantizer, file: Path) -> None:
-        write_packed(file, block.packed)
+        write_packed(file, block.packed, block.leaders)
         self.products.setdefault(spec, []).extend(block.found)
 
 
@@ -212,8 +227,7 @@ def _in_sequence(work: _Work, folders: dict[Export, Path]) -> _Found:
         )
         for index in walk.run(refit, work.job.reporter.progress):
             found.keep(spec, block, _block_file(folder, index))
-            block.packed.clear()
-            block.found.clear()
+            block.clear()
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from svdexport.core.grids import Grid
 from svdexport.core.grids_gguf import GRIDS, GgufGrid
 from svdexport.core.grids_onnx import NBitsGrid, from_codes, pack
 from svdexport.core.lowrank import FactorPair
+from svdexport.core.residual import fit_residual
 from svdexport.export.gguf_types import Types, held
 from svdexport.export.onnx import linear_grid
 from svdexport.models.blocks import InputGroup
 from svdexport.models.weights import Weights
 from svdexport.packed import GGUF_PART, PackedWeight
 from svdexport.recipe import Export, GgufExport, OnnxExport, Quantize
+
+ROUNDS = 2  # of a base and its pair in turn
 
 
 class BlockQuantizer:
@@ -28,6 +32,8 @@ class BlockQuantizer:
     Attributes:
         packed: what the file is to hold, by tensor. found: what came of every product, by name.
         values: by linear, the dense matrix (m, n) that the file stands for.
+        residual: by linear that gets a pair beside its quantised matrix, whose A it uses and the
+            rank. leaders: the first of these, for linears that have it.
     """
 
     def __init__(
@@ -37,9 +43,12 @@ class BlockQuantizer:
         spec: Export,
         quantize: Quantize,
         types: dict[str, str],
+        residual: Mapping[str, tuple[str, int]],
     ) -> None:
         self.weights, self.checkpoint = weights, checkpoint
         self.spec, self.quantize, self.types = spec, quantize, types
+        self.residual = residual
+        self.leaders: dict[str, str] = {}
         self.packed: dict[str, PackedWeight] = {}
         self.found: list[tuple[str, Quantized]] = []
         self.values: dict[str, Tensor] = {}
@@ -59,17 +68,28 @@ class BlockQuantizer:
             anew: the pair of the whole group instead of the checkpoint's.
         """
         pairs: dict[str, list[str]] = {}
+        both: dict[str, list[str]] = {}
         dense: list[str] = []
         for member in group.members:
             spec = self.checkpoint.low_rank.get(member.name)
-            if spec is None or self.stock:
+            if member.name in self.residual:
+                both.setdefault(self.residual[member.name][0], []).append(member.name)
+            elif spec is None or self.stock:
                 dense.append(member.name)
             else:
                 pairs.setdefault(spec.group, []).append(member.name)
+        for leader, members in both.items():
+            self._add_residual(leader, members, moment, targets or {})
         if dense:
             self._add_dense(dense, moment, targets or {})
         for leader, members in pairs.items():
             self._add_pair(leader, members, moment, targets or {}, anew)
+
+    def clear(self) -> None:
+        """Forget a block that is written."""
+        self.packed.clear()
+        self.found.clear()
+        self.leaders.clear()
 
     def rank_of(self, group: InputGroup) -> int | None:
         """The rank of the pair that the whole group shares; None where it has none."""
@@ -99,6 +119,46 @@ class BlockQuantizer:
             self.found.append((members[0], found))
             self._keep([f"{name}.weight" for name in members], sizes, found, grids[kind])
             self.values.update(zip(members, torch.split(found.values, sizes), strict=True))
+
+    def _add_residual(
+        self,
+        leader: str,
+        names: Sequence[str],
+        moment: Tensor,
+        targets: Mapping[str, Tensor],
+    ) -> None:
+        """Quantised matrices and a pair of what they lose, found in turn (core/residual.py)."""
+        weights = [targets.get(name, self.weights.linear(name)) for name in names]
+        sizes, rank = [len(w) for w in weights], self.residual[names[0]][1]
+        tensors_a = [f"{leader}.lr_a.weight"]
+        tensors_b = [f"{name}.lr_b.weight" for name in names]
+        base_grid, grid_a, grid_b = (
+            GRIDS[self.types[name]] for name in (f"{names[0]}.weight", tensors_a[0], tensors_b[0])
+        )
+        bases: list[Quantized] = []
+        factors: list[tuple[Quantized, Quantized]] = []
+
+        def quantize(rest: Tensor) -> Tensor:
+            bases.append(self._one(rest, moment, base_grid))
+            return bases[-1].values
+
+        def round_pair(pair: FactorPair) -> FactorPair:
+            first, second = self._pair(pair, moment, grid_a, grid_b, None)
+            assert first is not None and second is not None
+            factors.append((first, second))
+            return FactorPair(first.values, second.values)
+
+        whole = torch.cat(weights).float()
+        found = fit_residual(whole, moment, rank, quantize, round_pair=round_pair, rounds=ROUNDS)
+        first, second = factors[found.best]
+        base = replace(bases[found.best], error=found.losses[found.best])
+        self.found.append((leader, base))
+        self._keep([f"{name}.weight" for name in names], sizes, base, base_grid)
+        self._keep(tensors_a, [rank], first, grid_a)
+        self._keep(tensors_b, sizes, second, grid_b)
+        self.leaders |= dict.fromkeys(names, leader)
+        values = found.base + found.pair.dense()
+        self.values.update(zip(names, torch.split(values, sizes), strict=True))
 
     def _add_pair(
         self,

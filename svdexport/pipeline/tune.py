@@ -81,9 +81,20 @@ def tune_gains(
 
 
 def _values(module: nn.Module, packed: PackedFolder) -> Iterator[tuple[str, np.ndarray]]:
-    """The packed weights as the file will give them back, in the model's orientation."""
-    for name in packed.kinds:
+    """The packed weights as the file will give them back, in the model's orientation; a pair beside
+    a quantised matrix within it."""
+
+    def read(name: str) -> np.ndarray:
         weight = packed.read(name)
-        values = to_float32(weight.parts[GGUF_PART], weight.kind)
-        owner = module.get_submodule(name.rpartition(".")[0])
-        yield name, values.T if is_transposed(owner) else values
+        return to_float32(weight.parts[GGUF_PART], weight.kind)
+
+    factors = {f"{leader}.lr_a.weight" for leader in packed.leaders.values()}
+    factors |= {f"{linear}.lr_b.weight" for linear in packed.leaders}
+    for name in packed.kinds:
+        if name in factors:
+            continue
+        linear, values = name.rpartition(".")[0], read(name)
+        if linear in packed.leaders:
+            a, b = f"{packed.leaders[linear]}.lr_a.weight", f"{linear}.lr_b.weight"
+            values = values + read(b) @ read(a)
+        yield name, values.T if is_transposed(module.get_submodule(linear)) else values

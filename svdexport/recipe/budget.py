@@ -13,6 +13,7 @@ from svdexport.recipe.values import Bytes
 MixedType: TypeAlias = Literal[
     "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "Q3_K", "Q2_K"
 ]
+Form: TypeAlias = Literal["dense", "pair", "residual"]
 
 
 class Budget(Section):
@@ -21,6 +22,8 @@ class Budget(Section):
     With ``bytes`` form, rank and type of every matrix are chosen, embedding and head among them,
     for the one GGUF export of type ``mixed``; ``types`` are those to choose from. A file of types
     with fast kernels (Q4_0, IQ4_NL, Q4_K on x86) can be faster than the best of its size.
+    ``forms`` likewise: a linear stays ``dense``, becomes a ``pair``, or is both (``residual``): a
+    quantised matrix and a pair for what that loses.
     """
 
     param_ratio: float | None = Field(
@@ -34,6 +37,10 @@ class Budget(Section):
         default=None, min_length=1, description="with bytes; all without it"
     )
 
+    forms: Annotated[tuple[Form, ...], BeforeValidator(as_tuple)] = Field(
+        default=("dense", "pair", "residual"), min_length=1, description="with bytes"
+    )
+
     @model_validator(mode="after")
     def _one_of_them(self) -> Budget:
         given = [v for v in (self.param_ratio, self.bytes, self.speedup) if v is not None]
@@ -41,4 +48,6 @@ class Budget(Section):
             raise ValueError("give exactly one of param_ratio, bytes and speedup")
         if self.types is not None and self.bytes is None:
             raise ValueError("types is for a budget in bytes")
+        if "forms" in self.model_fields_set and self.bytes is None:
+            raise ValueError("forms is for a budget in bytes")
         return self

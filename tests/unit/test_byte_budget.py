@@ -6,23 +6,26 @@ import itertools
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
 
 from svdexport import api
 from svdexport.allocate.by_bytes import Option, choose
+from svdexport.checkpoint import Checkpoint
 from svdexport.core.decompose import decompose
 from svdexport.core.gauge import in_even_gauge, mixed
 from svdexport.core.gptq import GptqConfig, gptq, gptq_pair, relative_error, round_to_nearest
 from svdexport.core.grids_gguf import GRIDS
 from svdexport.core.lowrank import FactorPair
-from svdexport.core.noise import noise_model, relative_noise
+from svdexport.core.noise import SPARED, feedback, noise_model, relative_noise, share_left
 from svdexport.errors import RecipeError
+from svdexport.export.gguf_read import read_back
 from svdexport.pipeline import vocabulary
 from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import Quantize, load_recipe
-from tests.unit.gguf_models import load, make_model
+from tests.unit.gguf_models import DEMO_VOCABULARY, load, make_model
 
 RECIPE = """\
 schema: 1
@@ -33,6 +36,11 @@ quantize: {algorithm: gptq}
 export: [{format: gguf, type: mixed}]
 evaluate: {context: 48, windows: 2}
 """
+
+
+SIZES = {"hidden_size": 128, "intermediate_size": 256}
+# its weights are stored turned; llama.cpp wants a byte-pair vocabulary for it
+GPT2 = {"vocab_size": DEMO_VOCABULARY, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_ctx": 256}
 
 
 def random_options(seed: int) -> dict[str, list[Option]]:
@@ -92,6 +100,94 @@ def test_predicted_losses_are_those_of_the_quantiser() -> None:
         assert loss(b.values @ a.values - pair.dense()) == pytest.approx(noise, rel=0.6)
 
 
+@pytest.mark.parametrize("power", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_a_pair_beside_quantised_weights_leaves_is_predicted(
+    power: float, turned: bool
+) -> None:
+    """Against GPTQ's own error in the metric of the inputs, cut off by a plain SVD."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(160, 128, generator=generator)
+    mix = torch.diag(torch.arange(1, 129) ** -power)
+    if turned:
+        mix = torch.randn(128, 128, generator=generator) @ mix
+    x = torch.randn(2000, 128, generator=generator) @ mix
+    h = (x.T @ x).double()
+    h += 1e-9 * h.trace() * torch.eye(128, dtype=torch.float64)
+    error = gptq(weight, h, GRIDS["Q4_0"], GptqConfig(0.01, sweeps=0)).values - weight
+    energies = torch.linalg.svdvals(error.double() @ torch.linalg.cholesky(h)).square()
+    left = share_left(feedback(h, 0.01), 160)
+    assert left.shape == (129,) and left[0] == 1.0 and left[-1] == pytest.approx(0.0, abs=1e-9)
+    assert bool((left.diff() <= 0).all())
+    for rank in (8, 32, 64):
+        share = float(energies[rank:].sum() / energies.sum())
+        assert float(left[rank]) == pytest.approx(share, abs=0.08)
+
+
+def test_a_sample_of_columns_stands_for_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.arange(1, 1025).double() ** -0.5
+    noise = torch.randn(2048, 1024, generator=generator, dtype=torch.float64)
+    energies = torch.linalg.svdvals(noise * columns.pow(SPARED).sqrt()).square()
+    left = share_left(columns[torch.randperm(1024, generator=generator)], 2048)
+    for rank in (32, 128, 512):
+        share = float(energies[rank:].sum() / energies.sum())
+        assert float(left[rank]) == pytest.approx(share, abs=0.02)
+
+
+RESIDUAL = "BYTES, forms: [residual], types: [Q4_0, Q8_0]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["Llama", "Qwen2", "GPT2"])
+def test_residual_form_is_written_read_and_computed(tmp_path: Path, model: str) -> None:
+    """Checks of the export: parity of llama.cpp with torch, and the round trip."""
+    make_model(tmp_path / "model", model, **(GPT2 if model == "GPT2" else SIZES))
+    budget = 9_000_000 if model == "GPT2" else 900_000
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.replace("BYTES", RESIDUAL.replace("BYTES", str(budget))))
+    (file,) = api.export(path, tmp_path / "out", reporter=Reporter(quiet=True))
+    assert file.stat().st_size <= budget
+    work = tmp_path / ".out.work"
+    checks = [json.loads(p.read_text()) for p in (work / "checks").glob("*.json")]
+    assert checks and not any(check["problems"] for check in checks)
+    found = api.inspect(file)
+    assert "low-rank pairs" in found["runtime"]
+    assert {linear["form"] for linear in found["linears"]} <= {
+        "residual pair",
+        "residual shared pair",
+    }
+    beside = json.loads((work / "residual.json").read_text())
+    assert sum(len(one["linears"]) for one in beside.values()) == len(found["linears"])
+    for linear in found["linears"]:
+        assert set(linear["types"]) == {"weight", "a", "b"} and linear["rank"] >= 32
+
+
+@pytest.mark.slow
+def test_residual_form_in_sequence_with_trained_norms_is_nearer_than_its_base(
+    tmp_path: Path,
+) -> None:
+    """Its values in torch against the dense model's; without the pairs they are farther."""
+    model = load(make_model(tmp_path / "model", "Llama", **SIZES))
+    path = tmp_path / "r.yaml"
+    text = RECIPE.replace("BYTES", RESIDUAL.replace("BYTES", "900000"))
+    path.write_text(
+        text.replace("gptq}", "gptq, sequential: true, tune: {steps: 2, learning_rate: 1e-5}}")
+    )
+    (file,) = api.export(path, tmp_path / "out", reporter=Reporter(quiet=True))
+    source = Checkpoint.open(tmp_path / "model")
+    work = tmp_path / ".out.work"
+    read = dict(read_back(file, source, source.path, None, work / "base"))
+    tensors = {t.name: t for t in gguf.GGUFReader(file).tensors}
+    name = "model.layers.1.mlp.down_proj.weight"
+    base = tensors["blk.1.ffn_down.weight"]
+    values = torch.from_numpy(gguf.quants.dequantize(base.data, base.tensor_type))
+    weight = model.get_parameter(name).detach()
+    assert "blk.0.ffn_gate_up.lr_a.weight" in tensors
+    whole = torch.from_numpy(read[name])
+    assert float((whole - weight).norm()) < 0.9 * float((values - weight).norm())
+
+
 @pytest.mark.slow
 def test_the_file_has_at_most_the_bytes_asked_for(tmp_path: Path) -> None:
     make_model(tmp_path / "model", "Llama", hidden_size=128, intermediate_size=256)
@@ -132,6 +228,7 @@ def test_only_the_types_that_are_given_are_chosen(tmp_path: Path) -> None:
         ({"bytes: BYTES": "bytes: 1MB, param_ratio: 0.5"}, "exactly one of"),
         ({"bytes: BYTES": "param_ratio: 0.5, types: [Q4_0]"}, "types is for a budget in bytes"),
         ({"bytes: BYTES": "param_ratio: 0.5"}, "type mixed needs"),
+        ({"bytes: BYTES": "param_ratio: 0.5, forms: [pair]"}, "forms is for a budget in bytes"),
     ],
 )
 def test_what_a_byte_budget_needs_is_said(
