@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from svdexport.core.decompose import Decomposition, damped_cholesky
+from svdexport.core.decompose import INPUT_DAMPING, Decomposition, damped_cholesky
+from svdexport.core.gptq import GptqConfig, gptq
 from svdexport.core.grids_gguf import GRIDS
 
-SAMPLE = 256
-SPARED = 0.75  # fits GPTQ's errors of nine kinds of inputs (flat to i^-1.4) to 0.07 and mostly 0.03
+PROBE = "Q5_1"  # of all types the one whose error lies most evenly: a pair takes least of it
 
 
 @dataclass(frozen=True)
@@ -50,39 +49,30 @@ def relative_noise(type_name: str) -> float:
     return float(error.square().mean() / weight.square().mean())
 
 
-def feedback(moment: Tensor, damping: float) -> Tensor:
-    """The diagonal of D (n,), float64: what GPTQ leaves of H's in each column."""
+def feedback_trace(moment: Tensor, damping: float) -> float:
+    """tr(D): what is left of tr(H) for GPTQ."""
     root, _ = damped_cholesky(moment.double().flip(0, 1), damping)
-    return root.diagonal().square().flip(0)
+    return float(root.diagonal().square().sum())
 
 
-def share_left(columns: Tensor, rows: int) -> Tensor:
-    """Share of a noise's energy that its best approximation of rank k leaves, k from 0 to
-    min(m, n), float64.
+def share_left(weight: Tensor, moment: Tensor, damping: float) -> Tensor:
+    """Share of the loss tr(E H E^T) of GPTQ's error E that the best pair of rank k beside the
+    quantised W (m, n) leaves, k from 0 to min(m, n), float64.
 
-    The noise is an (m, n) matrix of independent entries: GPTQ's error in the metric of the inputs.
-    The mean squares of its columns are those of D, ``columns`` (n,), to the power of ``SPARED``,
-    since scales are searched so that columns that count much lose less. Its spectrum is that of a
-    sample with as many rows a column and at most ``SAMPLE`` columns, spread over their order of
-    size.
+    Where the error lies is seen by quantising W once to ``PROBE``. Of other types' errors a pair
+    takes as much or more: inputs with a huge channel cost those without a minimum most, there.
     """
-    size = min(len(columns), SAMPLE)
-    places = ((torch.arange(size) + 0.5) * len(columns) / size).long()
-    chosen = columns.double().sort(descending=True).values[places]
-    chosen = chosen.clamp_min(0.0).pow(SPARED)
-    sample = torch.randn(
-        max(1, round(rows * size / len(columns))),
-        size,
-        generator=torch.Generator().manual_seed(0),
-        dtype=torch.float64,
-    )
-    energies = torch.linalg.svdvals(sample * chosen.sqrt()).square()
-    known = torch.cat([torch.zeros(1, dtype=torch.float64), energies.cumsum(0)])
-    known /= known[-1].clamp_min(torch.finfo(torch.float64).tiny)
-    count = min(rows, len(columns))
-    ranks = np.arange(count + 1) * (len(known) - 1) / count
-    taken = np.interp(ranks, np.arange(len(known)), known.numpy())
-    return 1.0 - torch.from_numpy(taken)
+    whole, config = weight.float(), GptqConfig(damping, sweeps=0)
+    error = (gptq(whole, moment, GRIDS[PROBE], config).values - whole).double()
+    if error.shape[0] <= error.shape[1]:
+        gram = error @ moment.double() @ error.T
+    else:
+        root, _ = damped_cholesky(moment.double(), INPUT_DAMPING)
+        seen = error @ root
+        gram = seen.T @ seen
+    energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
+    taken = torch.cat([torch.zeros(1, dtype=torch.float64), energies.cumsum(0)])
+    return 1.0 - taken / taken[-1].clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def noise_model(
@@ -100,8 +90,7 @@ def noise_model(
     in the even gauge; the pair is taken as mixed (:mod:`svdexport.core.gauge`): rows of A, columns
     of B and components of A x then are of one size each, the mean of what they were.
     """
-    columns = feedback(inputs, damping)
-    trace = float(columns.sum())
+    trace = feedback_trace(inputs, damping)
     added = [output_damping * float(g.diagonal().mean()) for g in gradients]
     traces = [float(g.trace()) + len(g) * add for g, add in zip(gradients, added, strict=True)]
     dense = trace * sum(
@@ -117,4 +106,7 @@ def noise_model(
     ranks = ((a @ inputs.double()) * a).sum(dim=1)
     total = sum(traces) / len(b)
     of_b = total * ranks.cumsum(0) * b.square().sum(dim=0).cumsum(0) / count
-    return NoiseModel(dense, of_a, of_b, share_left(columns, len(b)))
+    left = torch.ones(1, dtype=torch.float64)  # rows that fill no block of the probe
+    if inputs.shape[0] % GRIDS[PROBE].block == 0:
+        left = share_left(torch.cat(list(weights)), inputs, damping)
+    return NoiseModel(dense, of_a, of_b, left)

@@ -19,7 +19,7 @@ from svdexport.core.gauge import in_even_gauge, mixed
 from svdexport.core.gptq import GptqConfig, gptq, gptq_pair, relative_error, round_to_nearest
 from svdexport.core.grids_gguf import GRIDS
 from svdexport.core.lowrank import FactorPair
-from svdexport.core.noise import SPARED, feedback, noise_model, relative_noise, share_left
+from svdexport.core.noise import noise_model, relative_noise, share_left
 from svdexport.errors import RecipeError
 from svdexport.export.gguf_read import read_back
 from svdexport.pipeline import vocabulary
@@ -100,39 +100,29 @@ def test_predicted_losses_are_those_of_the_quantiser() -> None:
         assert loss(b.values @ a.values - pair.dense()) == pytest.approx(noise, rel=0.6)
 
 
-@pytest.mark.parametrize("power", [0.0, 0.3, 0.7])
-@pytest.mark.parametrize("turned", [False, True])
-def test_what_a_pair_beside_quantised_weights_leaves_is_predicted(
-    power: float, turned: bool
-) -> None:
-    """Against GPTQ's own error in the metric of the inputs, cut off by a plain SVD."""
+@pytest.mark.parametrize("huge", [1.0, 40.0])
+@pytest.mark.parametrize("rows", [96, 300])
+def test_what_a_pair_beside_quantised_weights_leaves_is_predicted(rows: int, huge: float) -> None:
+    """GPTQ's own errors, cut off by a plain SVD in the metric: one type's as they are, and no
+    other's are taken for smaller."""
     generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(160, 128, generator=generator)
-    mix = torch.diag(torch.arange(1, 129) ** -power)
-    if turned:
-        mix = torch.randn(128, 128, generator=generator) @ mix
-    x = torch.randn(2000, 128, generator=generator) @ mix
+    weight = torch.randn(rows, 256, generator=generator)
+    mix = torch.randn(256, 256, generator=generator) * torch.arange(1, 257) ** -0.5
+    mix[:, 3] *= huge  # a channel as large as transformers have some
+    x = torch.randn(2000, 256, generator=generator) @ mix
     h = (x.T @ x).double()
-    h += 1e-9 * h.trace() * torch.eye(128, dtype=torch.float64)
-    error = gptq(weight, h, GRIDS["Q4_0"], GptqConfig(0.01, sweeps=0)).values - weight
-    energies = torch.linalg.svdvals(error.double() @ torch.linalg.cholesky(h)).square()
-    left = share_left(feedback(h, 0.01), 160)
-    assert left.shape == (129,) and left[0] == 1.0 and left[-1] == pytest.approx(0.0, abs=1e-9)
-    assert bool((left.diff() <= 0).all())
-    for rank in (8, 32, 64):
-        share = float(energies[rank:].sum() / energies.sum())
-        assert float(left[rank]) == pytest.approx(share, abs=0.08)
-
-
-def test_a_sample_of_columns_stands_for_all() -> None:
-    generator = torch.Generator().manual_seed(0)
-    columns = torch.arange(1, 1025).double() ** -0.5
-    noise = torch.randn(2048, 1024, generator=generator, dtype=torch.float64)
-    energies = torch.linalg.svdvals(noise * columns.pow(SPARED).sqrt()).square()
-    left = share_left(columns[torch.randperm(1024, generator=generator)], 2048)
-    for rank in (32, 128, 512):
-        share = float(energies[rank:].sum() / energies.sum())
-        assert float(left[rank]) == pytest.approx(share, abs=0.02)
+    root = torch.linalg.cholesky(h)
+    left = share_left(weight, h, 0.001)
+    assert left.shape == (min(rows, 256) + 1,) and left[0] == 1.0
+    assert left[-1] == pytest.approx(0.0, abs=1e-9) and bool((left.diff() <= 0).all())
+    for name, grid in GRIDS.items():
+        error = gptq(weight, h, grid, GptqConfig(0.001, sweeps=0)).values - weight
+        energies = torch.linalg.svdvals(error.double() @ root).square()
+        for rank in (8, 32, 64):
+            share = float(energies[rank:].sum() / energies.sum())
+            assert share <= float(left[rank]) + 0.02, name
+            if name == "Q5_1":
+                assert float(left[rank]) == pytest.approx(share, rel=1e-3)
 
 
 RESIDUAL = "BYTES, forms: [residual], types: [Q4_0, Q8_0]"
