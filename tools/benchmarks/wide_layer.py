@@ -35,12 +35,13 @@ from svdexport.runtimes.gguf_file import BLOCKS, to_float32
 
 LOW, HIGH = 1.5, 4.6  # bits per weight
 CONFIG = GptqConfig(0.001, sweeps=0)
-DENSE = ("Q2_K", "Q3_K", "Q4_0", "Q4_K")
+DENSE = ("Q2_K", "Q3_K", "Q4_0", "IQ4_NL", "Q4_K")
 PLAIN = ("IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "Q3_K", "IQ4_XS", "Q4_K")
-PAIR_RANKS = (512, 1024, 1536, 2048)
-PAIR_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q6_K")
+PAIR_RANKS = (256, 512, 768, 1024, 1536, 2048)
+PAIR_TYPES = ("Q2_K", "Q3_K", "Q4_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 SPLITS = ((256, "Q8_0"),)
 RESIDUAL_RANKS = (32, 128)
+RESIDUAL_TYPES = ("Q8_0", "Q4_0")
 COLOURS = {
     "dense": "#1d4ed8", "plain": "#64748b", "pair": "#b45309", "split": "#a21caf",
     "residual": "#047857",
@@ -146,7 +147,7 @@ def residual(layer: Layer) -> Iterator[tuple[str, int | None, float, float]]:
             same = torch.equal(values, w)
             return first if same else gptq(values, h, GRIDS[base], CONFIG).values
 
-        for factors in ("Q8_0",):
+        for factors in RESIDUAL_TYPES:
 
             def rounded(found: FactorPair, factors: str = factors) -> FactorPair:
                 a, b = gptq_pair(found, h, GRIDS[factors], GRIDS[factors], CONFIG)
