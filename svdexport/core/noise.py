@@ -28,14 +28,11 @@ class NoiseModel:
 
     Attributes:
         dense: in all dense weights. a, b: (r,), in the factors of the pair of rank k at k - 1.
-        left: (min(m, n) + 1,), the share of ``dense`` that the best pair of rank k beside the
-            quantised weights leaves.
     """
 
     dense: float
     a: Tensor
     b: Tensor
-    left: Tensor
 
 
 @cache
@@ -61,7 +58,10 @@ def share_left(weight: Tensor, moment: Tensor, damping: float) -> Tensor:
 
     Where the error lies is seen by quantising W once to ``PROBE``. Of other types' errors a pair
     takes as much or more: inputs with a huge channel cost those without a minimum most, there.
+    Rows that fill no block of it give (1,): no rank is offered.
     """
+    if weight.shape[1] % GRIDS[PROBE].block:
+        return torch.ones(1, dtype=torch.float64)
     whole, config = weight.float(), GptqConfig(damping, sweeps=0)
     error = (gptq(whole, moment, GRIDS[PROBE], config).values - whole).double()
     if error.shape[0] <= error.shape[1]:
@@ -106,7 +106,4 @@ def noise_model(
     ranks = ((a @ inputs.double()) * a).sum(dim=1)
     total = sum(traces) / len(b)
     of_b = total * ranks.cumsum(0) * b.square().sum(dim=0).cumsum(0) / count
-    left = torch.ones(1, dtype=torch.float64)  # rows that fill no block of the probe
-    if inputs.shape[0] % GRIDS[PROBE].block == 0:
-        left = share_left(torch.cat(list(weights)), inputs, damping)
-    return NoiseModel(dense, of_a, of_b, left)
+    return NoiseModel(dense, of_a, of_b)

@@ -14,7 +14,7 @@ from svdexport.core.decompose import Decomposition, Fit, fit, fit_of_optimum
 from svdexport.core.gauge import with_even_scales
 from svdexport.core.lowrank import break_even_rank
 from svdexport.core.moments import Statistic
-from svdexport.core.noise import noise_model
+from svdexport.core.noise import noise_model, share_left
 from svdexport.core.ranks import ALONE, Ranks
 from svdexport.errors import InputError, RecipeError
 from svdexport.factorize import METHODS, GroupData
@@ -293,24 +293,25 @@ def _pack(leader: str, found: Decomposition, errors: Tensor) -> dict[str, Tensor
     }
 
 
-def _noise(recipe: Recipe, leader: str, found: Decomposition, data: GroupData) -> dict[str, Tensor]:
+def _noise(
+    recipe: Recipe, leader: str, decomposed: Decomposition, data: GroupData
+) -> dict[str, Tensor]:
     """What a byte budget needs to predict the losses of quantised forms."""
     assert data.inputs is not None and data.gradients is not None and recipe.quantize
     model = noise_model(
         data.weights,
-        found,
+        decomposed,
         data.inputs,
         data.gradients,
         damping=recipe.quantize.damping,
         output_damping=recipe.compress.damping,
     )
     dense = torch.tensor(model.dense, dtype=torch.float64)
-    return {
-        f"{leader}.noise.dense": dense,
-        f"{leader}.noise.a": model.a,
-        f"{leader}.noise.b": model.b,
-        f"{leader}.noise.left": model.left,
-    }
+    found = {"dense": dense, "a": model.a, "b": model.b}
+    budget = recipe.compress.budget
+    if budget is not None and "residual" in budget.forms:
+        found["left"] = share_left(torch.cat(data.weights), data.inputs, recipe.quantize.damping)
+    return {f"{leader}.noise.{name}": values for name, values in found.items()}
 
 
 def _importance(group: InputGroup, found: Fit, moments: BlockMoments) -> dict[str, Tensor]:

@@ -82,8 +82,9 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
         *(what.damping, what.sequential, sorted(statistics(recipe))),
     )
     if what.by_bytes:  # which also asks for predictions of quantisation losses
-        assert recipe.quantize is not None
-        factors_key = key(factors_key, recipe.quantize.model_dump(exclude={"tune"}))
+        assert recipe.quantize is not None and what.budget is not None
+        asked = recipe.quantize.model_dump(exclude={"tune"}), "residual" in what.budget.forms
+        factors_key = key(factors_key, *asked)
     memory = job.work / MEMORY
     job.stage(
         "factors",

@@ -22,8 +22,8 @@ class Budget(Section):
     With ``bytes`` form, rank and type of every matrix are chosen, embedding and head among them,
     for the one GGUF export of type ``mixed``; ``types`` are those to choose from. A file of types
     with fast kernels (Q4_0, IQ4_NL, Q4_K on x86) can be faster than the best of its size.
-    ``forms`` likewise: a linear stays ``dense``, becomes a ``pair``, or is both (``residual``): a
-    quantised matrix and a pair for what that loses.
+    ``forms`` likewise: a linear stays ``dense`` or becomes a ``pair``, or, where ``residual`` is
+    asked for, both: a quantised matrix and a pair for what that loses.
     """
 
     param_ratio: float | None = Field(
@@ -38,7 +38,7 @@ class Budget(Section):
     )
 
     forms: Annotated[tuple[Form, ...], BeforeValidator(as_tuple)] = Field(
-        default=("dense", "pair", "residual"), min_length=1, description="with bytes"
+        default=("dense", "pair"), min_length=1, description="with bytes"
     )
 
     @model_validator(mode="after")
