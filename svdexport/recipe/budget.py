@@ -14,6 +14,7 @@ MixedType: TypeAlias = Literal[
     "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "Q3_K", "Q2_K"
 ]
 Form: TypeAlias = Literal["dense", "pair", "residual"]
+FORMS: tuple[Form, ...] = ("dense", "pair")
 
 
 class Budget(Section):
@@ -38,7 +39,7 @@ class Budget(Section):
     )
 
     forms: Annotated[tuple[Form, ...], BeforeValidator(as_tuple)] = Field(
-        default=("dense", "pair"), min_length=1, description="with bytes"
+        default=FORMS, min_length=1, description="with bytes"
     )
 
     @model_validator(mode="after")
@@ -48,6 +49,6 @@ class Budget(Section):
             raise ValueError("give exactly one of param_ratio, bytes and speedup")
         if self.types is not None and self.bytes is None:
             raise ValueError("types is for a budget in bytes")
-        if "forms" in self.model_fields_set and self.bytes is None:
+        if self.forms != FORMS and self.bytes is None:
             raise ValueError("forms is for a budget in bytes")
         return self
