@@ -37,7 +37,6 @@ class Budget(Section):
     types: Annotated[tuple[MixedType, ...], BeforeValidator(as_tuple)] | None = Field(
         default=None, min_length=1, description="with bytes; all without it"
     )
-
     forms: Annotated[tuple[Form, ...], BeforeValidator(as_tuple)] = Field(
         default=FORMS, min_length=1, description="with bytes"
     )
