@@ -28,6 +28,8 @@ from svdexport.pipeline.speed_budget import SpeedModel
 from svdexport.recipe import Compress, Recipe
 from svdexport.report.result import PlanRow
 
+NOTHING_ASKED = Allocation(None, "compress.method is none")
+
 
 @dataclass(frozen=True)
 class GroupPlan:
@@ -126,8 +128,8 @@ def _merged(name: str, items: Sequence[Candidate]) -> Candidate:
 
 def all_dense(recipe: Recipe, structure: Structure) -> list[GroupPlan]:
     """The plan of ``compress.method: none``."""
-    choice = Allocation(None, "compress.method is none")
-    return [GroupPlan(group, choice, 0.0, 0.0) for group in chosen_groups(recipe, structure)]
+    groups = chosen_groups(recipe, structure)
+    return [GroupPlan(group, NOTHING_ASKED, 0.0, 0.0) for group in groups]
 
 
 def candidate(group: InputGroup, remapped: bool = False) -> Candidate:

@@ -11,10 +11,10 @@ from svdexport.models.blocks import InputGroup
 from svdexport.models.loader import Source, configuration_of
 from svdexport.models.shapes import Shapes, shapes_of
 from svdexport.pipeline import estimate, speed_budget
-from svdexport.pipeline.compress import candidate
+from svdexport.pipeline.compress import NOTHING_ASKED, candidate
 from svdexport.pipeline.factors import chosen_groups
 from svdexport.pipeline.sizes import exports_of
-from svdexport.recipe import Recipe
+from svdexport.recipe import Compress, Recipe
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
@@ -55,9 +55,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     return {
         "model": str(source.given),
         "method": compress.method,
-        "ranks": "uniform"
-        if compress.allocate == "uniform"
-        else f"uniform preview of {compress.allocate}",
+        "ranks": _kind_of_ranks(compress),
         "groups": rows,
         "params_model": shapes.count,
         "params_dense": dense,
@@ -70,11 +68,20 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _kind_of_ranks(compress: Compress) -> str:
+    if compress.method == "none":
+        return "no"
+    fixed = compress.allocate == "uniform"
+    return "uniform" if fixed else f"uniform preview of {compress.allocate}"
+
+
 def _ranks(
     recipe: Recipe, shapes: Shapes, groups: list[InputGroup]
 ) -> tuple[dict[str, Allocation], float | None]:
     """Uniform ranks, and what they are predicted to gain where the budget is a speedup."""
     compress = recipe.compress
+    if compress.method == "none":
+        return {group.leader: NOTHING_ASKED for group in groups}, None
     items = [candidate(group, recipe.remapped) for group in groups]
 
     def allocate(ratio: float) -> dict[str, Allocation]:

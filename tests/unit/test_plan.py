@@ -162,6 +162,17 @@ def test_the_onnx_folder_of_a_run_has_the_planned_size(
         assert entry["file_bytes"] == sum((folder / name).stat().st_size for name in files)
 
 
+def test_without_a_method_all_is_planned_dense(place: Path, tmp_path: Path) -> None:
+    text = Q8_ONLY.replace("{path: model}", f"{{path: {place / 'model'}}}")
+    lines = [line for line in text.splitlines() if not line.startswith("compress")]
+    path, _ = recipe_of(tmp_path, "\n".join([*lines, "compress: {method: none}"]) + "\n")
+    found = api.plan(path)
+    assert {row["rank"] for row in found["groups"]} == {None}
+    assert found["kept"] == 1.0 and found["ranks"] == "no"
+    (file,) = found["exports"]
+    assert file["file_bytes"] == file["dense_file_bytes"] is not None
+
+
 def test_a_graph_that_the_builder_does_not_make_is_not_called_exact(tmp_path: Path) -> None:
     make_model(tmp_path / "model", "Llama", hidden_size=128, intermediate_size=160)
     spec = OnnxExport(precision="int8", operators="standard")
