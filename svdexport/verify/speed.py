@@ -56,6 +56,8 @@ MIN_SAMPLE_SECONDS = 0.2
 # Threads of one runtime spin for a while after their work; the next sample must not pay for it.
 SETTLE_SECONDS = 0.03
 DECODE_PROMPT = 32
+# So many rounds, all of them disturbed, end a metric: half a second of noise alone does not.
+HOPELESS = 6
 # Time after which three rounds, all of them disturbed, end a metric.
 PATIENCE_SECONDS = 30.0
 
@@ -201,7 +203,7 @@ def _another_part(
     """Whether a metric wants one more part: all that are planned, then until the interval of each
     artifact is narrow. Noise that is seen, and too few rounds, are not mended by more of them."""
     if part < planned:
-        return not rounds or not all(_disturbed(r) for r in rounds)
+        return len(rounds) < HOPELESS or not all(map(_disturbed, rounds))
     if settings.rounds < MIN_ROUNDS or too_disturbed(sum(map(_disturbed, rounds)), len(rounds)):
         return False
     others = range(1, len(rounds[0]))

@@ -238,11 +238,12 @@ def test_bootstrap_equals_the_plain_loop() -> None:
 def test_rounds_come_in_parts_and_files_are_loaded_anew_for_each(tmp_path: Path) -> None:
     runtimes = pair_of_runtimes(tmp_path, 1, width=16)
     report = speed.measure(runtimes, dataclasses.replace(SETTINGS, rounds=10))
-    assert runtimes[0].reloads == runtimes[1].reloads >= speed.PARTS - 1
+    assert runtimes[0].reloads == runtimes[1].reloads
     for timing in report.artifacts[1].timings:
         parts = [sample.part for sample in timing.samples if not sample.disturbed]
         assert parts == sorted(parts)
         if not timing.disturbed_rounds:
+            assert runtimes[0].reloads >= speed.PARTS - 1
             assert [parts.count(part) for part in range(speed.PARTS)] == [2] * 5
 
 
@@ -268,7 +269,8 @@ def test_a_wide_interval_asks_for_another_part_and_a_narrow_one_does_not() -> No
     assert not speed._another_part(
         rounds_of([[1.2] * 3, [1.2] * 3, [1.0] * 3], disturbed=4), 3, 3, SETTINGS
     )
-    assert not speed._another_part(rounds_of([[1.2] * 3], disturbed=3), 1, 3, SETTINGS)
+    assert speed._another_part(rounds_of([[1.2] * 2], disturbed=2), 1, 5, SETTINGS)
+    assert not speed._another_part(rounds_of([[1.2] * 2] * 3, disturbed=6), 3, 5, SETTINGS)
     few = dataclasses.replace(SETTINGS, rounds=6)
     assert not speed._another_part(rounds_of([[1.2] * 2, [1.1] * 2, [1.0] * 2]), 3, 3, few)
 
