@@ -1,9 +1,9 @@
 """Gates: what was measured against the recipe's limits, and the exit code that follows.
 
 Every gate takes the pessimistic end of its interval. A speed gate whose rounds were disturbed, or
-whose interval is wide and near the limit, is `inconclusive`: it has not passed, and has not
-failed either. A gate that is set but was not measured has not passed; no speed gate is for a
-checkpoint.
+whose interval is wide and holds the limit or lies just above it, is `inconclusive`: it has not
+passed, and has not failed either. A gate that is set but was not measured has not passed; no speed
+gate is for a checkpoint.
 
 Exit codes, the first that applies: 3 a file does not hold or compute what was meant (round trip,
 parity); 4 a quality gate failed; 5 a speed or size gate failed; 7 a speed gate is inconclusive;
@@ -161,7 +161,7 @@ def _timing_gate(name: str, limit: float, timing: Timing, path: str) -> GateResu
     elif rounds < MIN_ROUNDS:
         passed, inconclusive = False, True
         detail += f": {rounds} rounds are too few"
-    elif not clear_of(timing.speedup, limit):
+    elif high >= limit and not clear_of(timing.speedup, limit):
         passed, inconclusive = False, True
         detail += f": the interval from {low:.2f} to {high:.2f} is wide for such a limit"
     return GateResult(name, limit, low, passed, "speed", path, inconclusive, detail)

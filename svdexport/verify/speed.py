@@ -10,7 +10,8 @@ The rounds come in five parts, and before each the artifacts are loaded anew: wh
 happens to lie, and how fast the machine happens to be for a minute, moves a ratio by more than
 rounds side by side differ. The interval is one over parts and rounds. Where it is wide (other
 guests of a server, its clock and its memory leave no mark in any counter), further parts follow;
-one that is still wide after the last, and near the limit, makes the verdict `inconclusive`.
+one that is still wide after the last holds no limit that it is near to: the verdict is then
+`inconclusive`, and never `ok`.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ MIN_ROUNDS = 9
 PARTS = 5
 MAX_PARTS = 15
 MAX_DISTURBED = 1 / 3
-# Widths of an interval as shares of its median: parts are added until it is narrow; medians of two
-# runs then agree within 5 %. One that stays wide shows noise.
+# Widths of an interval as shares of its median: parts are added until it is narrow, so that the
+# medians of two runs agree within 5 %. One that stays wide shows noise.
 NARROW = 0.05
 WIDE = 0.10
 # An interval that lies above this is "not slower": a file against itself must not come out as
@@ -113,13 +114,13 @@ def worst(words: Sequence[SpeedWord]) -> SpeedWord:
 
 def judge(speedup: Speedup, disturbed: int, rounds: int) -> SpeedWord:
     """Verdict of a metric: `slower` where the whole interval lies below 1, `ok` where it lies
-    above `SAME`; `inconclusive` where it holds both, where it is wide and near 1, and for
-    disturbed or too few rounds."""
-    if too_disturbed(disturbed, rounds) or rounds < MIN_ROUNDS or not clear_of(speedup, 1.0):
+    above `SAME` and is clear of 1; `inconclusive` where it holds both, where it is wide and near 1
+    from above, and for disturbed or too few rounds."""
+    if too_disturbed(disturbed, rounds) or rounds < MIN_ROUNDS:
         return "inconclusive"
-    if speedup.low >= SAME:
-        return "ok"
-    return "slower" if speedup.high < 1.0 else "inconclusive"
+    if speedup.high < 1.0 and speedup.low < SAME:
+        return "slower"
+    return "ok" if speedup.low >= SAME and clear_of(speedup, 1.0) else "inconclusive"
 
 
 def too_disturbed(disturbed: int, rounds: int) -> bool:
@@ -128,10 +129,9 @@ def too_disturbed(disturbed: int, rounds: int) -> bool:
 
 
 def clear_of(speedup: Speedup, limit: float) -> bool:
-    """Whether the interval is no wider than `WIDE`, or lies farther from the limit than it is
+    """Whether the interval is no wider than `WIDE`, or lies farther above the limit than it is
     wide: another run's wide interval may well lie on the other side."""
-    apart = max(speedup.low - limit, limit - speedup.high)
-    return _width(speedup) <= WIDE or apart >= speedup.high - speedup.low
+    return _width(speedup) <= WIDE or speedup.low - limit >= speedup.high - speedup.low
 
 
 def _width(speedup: Speedup) -> float:

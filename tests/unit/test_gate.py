@@ -139,7 +139,7 @@ def test_wide_interval_near_the_limit_is_inconclusive() -> None:
 
     assert code(1.0, 1.4) == EXIT_NOISY
     assert code(1.09, 1.12) == EXIT_SPEED
-    assert code(0.7, 1.09) == EXIT_NOISY
+    assert code(0.7, 1.09) == EXIT_SPEED
     assert code(0.6, 0.8) == EXIT_SPEED
     assert code(1.11, 1.8) == EXIT_NOISY
     assert code(1.5, 1.8) == EXIT_OK

@@ -140,11 +140,10 @@ def test_short_calls_are_repeated_until_a_sample_can_be_judged(tmp_path: Path) -
         ((1.5, 1.4, 1.6), 0, "ok"),
         ((1.5, 1.4, 1.6), 3, "ok"),
         ((1.5, 1.4, 1.6), 4, "inconclusive"),
-        ((0.7, 0.65, 0.8), 0, "slower"),
-        ((0.7, 0.65, 0.8), 4, "inconclusive"),
-        ((0.96, 0.75, 0.97), 0, "inconclusive"),  # seen; the next run of the files gave 0.88
-        ((0.96, 0.94, 0.97), 0, "slower"),
+        ((0.8, 0.7, 0.9), 0, "slower"),
+        ((0.8, 0.7, 0.9), 4, "inconclusive"),
         ((1.2, 1.05, 1.3), 0, "inconclusive"),
+        ((1.2, 1.15, 1.25), 0, "ok"),
         ((1.0, 0.99, 1.01), 0, "ok"),
         ((1.1, 0.8, 1.4), 0, "inconclusive"),
         ((0.99, 0.985, 0.995), 0, "ok"),
@@ -238,12 +237,14 @@ def test_bootstrap_equals_the_plain_loop() -> None:
 def test_rounds_come_in_parts_and_files_are_loaded_anew_for_each(tmp_path: Path) -> None:
     runtimes = pair_of_runtimes(tmp_path, 1, width=16)
     report = speed.measure(runtimes, dataclasses.replace(SETTINGS, rounds=10))
-    assert runtimes[0].reloads == runtimes[1].reloads
+    timings = report.artifacts[1].timings
+    hopeless = all(timing.disturbed_rounds == len(timing.samples) for timing in timings)
+    least = speed.HOPELESS // 2 - 1 if hopeless else speed.PARTS - 1
+    assert runtimes[0].reloads == runtimes[1].reloads >= least
     for timing in report.artifacts[1].timings:
         parts = [sample.part for sample in timing.samples if not sample.disturbed]
         assert parts == sorted(parts)
         if not timing.disturbed_rounds:
-            assert runtimes[0].reloads >= speed.PARTS - 1
             assert [parts.count(part) for part in range(speed.PARTS)] == [2] * 5
 
 
@@ -279,7 +280,7 @@ class Unsteady(SmallRuntime):
     """One whose calls take a time that changes with every load."""
 
     def prefill(self, tokens: NDArray[np.int64]) -> float:
-        return super().prefill(tokens) * 1.5 ** (self.reloads % 2)
+        return super().prefill(tokens) / 1.5 ** (self.reloads % 2)
 
 
 def test_parts_are_added_while_the_interval_stays_wide_and_then_end(tmp_path: Path) -> None:
