@@ -9,7 +9,7 @@ MODEL := models/SmolLM2-135M-Instruct
 
 setup: $(READY) $(MODEL)/config.json
 
-$(READY): pyproject.toml constraints.txt tools/setup.sh tools/llama_cpp/build.py tools/llama_cpp/low-rank.patch
+$(READY): pyproject.toml constraints.txt tools/setup.sh tools/llama_cpp/build.py $(wildcard tools/llama_cpp/*.patch)
 	PYTHON=$(PYTHON) bash tools/setup.sh $(VENV)
 	touch $@
 

@@ -1,11 +1,11 @@
 """Build a wheel of llama-cpp-python whose llama.cpp runs low-rank pairs, and print its path.
 
-The source archive of the pinned release comes from PyPI (its hash is checked), gets
-`low-rank.patch` and is built by pip. The wheel also carries llama.cpp's own converter, under
+The source archive of the pinned release comes from PyPI (its hash is checked), gets the two patches
+beside this file and is built by pip. The wheel also carries llama.cpp's own converter, under
 `llama_cpp/converter`. It is kept in a cache folder under a key made of everything that decides what
 comes out, so that a second call finds it at once. Progress goes to stderr.
 
-    python tools/llama_cpp/build.py            the wheel with low-rank.patch
+    python tools/llama_cpp/build.py            the wheel with both patches
     python tools/llama_cpp/build.py --stock    the unchanged library, to compare with
 """
 
@@ -26,7 +26,7 @@ from pathlib import Path
 VERSION = "0.3.36"
 ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
 ARCHIVE_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-PATCH = Path(__file__).with_name("low-rank.patch")
+PATCHES = tuple(Path(__file__).with_name(f"{name}.patch") for name in ("low-rank", "decode-runs"))
 RECIPE = "2"  # raise it when what this script makes of archive and patch changes
 CMAKE_ARGS = "-DCMAKE_BUILD_TYPE=Release -DLLAVA_BUILD=OFF -DGGML_NATIVE=ON"
 # llama.cpp's converter and what it imports
@@ -100,7 +100,7 @@ def build_key(stock: bool) -> str:
     """A hash of all that decides what the wheel holds."""
     parts = [
         ARCHIVE_SHA256,
-        "stock" if stock else sha256(PATCH),
+        "stock" if stock else " ".join(map(sha256, PATCHES)),
         RECIPE,
         CMAKE_ARGS,
         compiler(),
@@ -156,10 +156,10 @@ def prepare(source: Path, key: str, stock: bool, log: Path) -> None:
             link.unlink(missing_ok=True)
     if not stock:
         # inside another repository git would skip every file without a word
-        apply_patch = ["git", "apply", str(PATCH.resolve())]
+        apply_patch = ["git", "apply", *(str(patch.resolve()) for patch in PATCHES)]
         run(apply_patch, log, cwd=llama, GIT_CEILING_DIRECTORIES=str(source))
         if not (llama / "src" / "llama-low-rank.h").exists():
-            raise BuildError(f"'git apply {PATCH.name}' changed nothing")
+            raise BuildError("'git apply' changed nothing")
         init = source / "llama_cpp" / "__init__.py"
         replace_once(init, f'"{VERSION}"', f'"{VERSION}+lowrank1.{key[:8]}"')
     replace_once(
@@ -217,7 +217,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--stock", action="store_true", help="build the library without low-rank.patch"
+        "--stock", action="store_true", help="build the library without the patches"
     )
     stock: bool = parser.parse_args().stock
     try:
