@@ -78,39 +78,53 @@ def _metadata(**extra: int | float) -> dict[str, int | float]:
 
 
 def decoder(
-    arch: str = "llama", *, experts: int = 0, biases: bool = False, seed: int = 0
+    arch: str = "llama",
+    *,
+    experts: int = 0,
+    biases: bool = False,
+    seed: int = 0,
+    width: int = WIDTH,
+    hidden: int = HIDDEN,
+    vocab: int = VOCAB,
 ) -> TinyModel:
     """A decoder with grouped KV heads: `llama`, `qwen2` (with biases), or with experts as Mixtral.
 
     The linears have rank RANK exactly. Those that may share an A are built from one.
     """
     rng = np.random.default_rng(seed)
-    kv_width = WIDTH // HEADS * KV_HEADS
+    kv_width = width // HEADS * KV_HEADS
     tensors: Tensors = {
-        "token_embd.weight": rng.standard_normal((VOCAB, WIDTH)),
-        "output_norm.weight": 1 + 0.1 * rng.standard_normal(WIDTH),
-        "output.weight": _matrix(rng, VOCAB, WIDTH),
+        "token_embd.weight": rng.standard_normal((vocab, width)),
+        "output_norm.weight": 1 + 0.1 * rng.standard_normal(width),
+        "output.weight": _matrix(rng, vocab, width),
     }
     for layer in range(LAYERS):
         block = f"blk.{layer}."
-        qkv = _matrix(rng, WIDTH + 2 * kv_width, WIDTH)
-        q, k, v = np.split(qkv, (WIDTH, WIDTH + kv_width))
-        linears = {"attn_q": q, "attn_k": k, "attn_v": v, "attn_output": _matrix(rng, WIDTH, WIDTH)}
+        qkv = _matrix(rng, width + 2 * kv_width, width)
+        q, k, v = np.split(qkv, (width, width + kv_width))
+        linears = {"attn_q": q, "attn_k": k, "attn_v": v, "attn_output": _matrix(rng, width, width)}
         if experts:
-            linears["ffn_gate_inp"] = rng.standard_normal((experts, WIDTH)) / WIDTH**0.5
-            linears["ffn_gate_exps"] = _matrix(rng, experts, HIDDEN, WIDTH)
-            linears["ffn_up_exps"] = _matrix(rng, experts, HIDDEN, WIDTH)
-            linears["ffn_down_exps"] = _matrix(rng, experts, WIDTH, HIDDEN)
+            linears["ffn_gate_inp"] = rng.standard_normal((experts, width)) / width**0.5
+            linears["ffn_gate_exps"] = _matrix(rng, experts, hidden, width)
+            linears["ffn_up_exps"] = _matrix(rng, experts, hidden, width)
+            linears["ffn_down_exps"] = _matrix(rng, experts, width, hidden)
         else:
-            gate, up = np.split(_matrix(rng, 2 * HIDDEN, WIDTH), 2)
-            linears |= {"ffn_gate": gate, "ffn_up": up, "ffn_down": _matrix(rng, WIDTH, HIDDEN)}
+            gate, up = np.split(_matrix(rng, 2 * hidden, width), 2)
+            linears |= {"ffn_gate": gate, "ffn_up": up, "ffn_down": _matrix(rng, width, hidden)}
         tensors |= {f"{block}{stem}.weight": value for stem, value in linears.items()}
         if biases:
             for stem in ("attn_q", "attn_k", "attn_v"):
                 tensors[f"{block}{stem}.bias"] = rng.standard_normal(len(linears[stem]))
         for norm in ("attn_norm", "ffn_norm"):
-            tensors[f"{block}{norm}.weight"] = 1 + 0.1 * rng.standard_normal(WIDTH)
-    extra = {"expert_count": experts, "expert_used_count": 2} if experts else {}
+            tensors[f"{block}{norm}.weight"] = 1 + 0.1 * rng.standard_normal(width)
+    extra = {
+        "vocab_size": vocab,
+        "embedding_length": width,
+        "feed_forward_length": hidden,
+        "rope.dimension_count": width // HEADS,
+    }
+    if experts:
+        extra |= {"expert_count": experts, "expert_used_count": 2}
     return TinyModel(arch, _metadata(**extra), tensors)
 
 

@@ -1,7 +1,7 @@
 """llama.cpp through llama-cpp-python's C functions, with the options that the tests need.
 
-Run as a script it writes a file's logits: `python session.py MODEL.gguf OUT.npy`, so that another
-process (with another library) can be compared with this one.
+Run as a script it writes a file's logits: `python session.py MODEL.gguf OUT.npy THREADS`, so that
+another process (with another library) can be compared with this one.
 """
 
 from __future__ import annotations
@@ -182,4 +182,4 @@ def logits(path: Path, tokens: Sequence[int] = TOKENS, **options: object) -> np.
 
 
 if __name__ == "__main__":
-    np.save(sys.argv[2], logits(Path(sys.argv[1])))
+    np.save(sys.argv[2], logits(Path(sys.argv[1]), threads=int(sys.argv[3])))

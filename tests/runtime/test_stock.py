@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -36,9 +37,11 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_stock(stock: Path, model: Path, out: Path) -> subprocess.CompletedProcess[str]:
+def run_stock(
+    stock: Path, model: Path, out: Path, threads: int = 1
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SESSION), str(model), str(out)],
+        [sys.executable, str(SESSION), str(model), str(out), str(threads)],
         env=os.environ | {"PYTHONPATH": str(stock)},
         capture_output=True,
         text=True,
@@ -61,6 +64,23 @@ def test_dense_file_is_bit_for_bit_the_same(tmp_path: Path, stock: Path, model: 
     done = run_stock(stock, path, tmp_path / "stock.npy")
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(logits(path), np.load(tmp_path / "stock.npy"))
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q4_K_S", "Q6_K", "Q2_K", "IQ4_NL"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_quantised_dense_file_is_bit_for_bit_the_same(
+    tmp_path: Path, stock: Path, kind: str, threads: int
+) -> None:
+    """Rows enough for several pieces of a product, in a number that no piece divides."""
+    source = decoder(width=512, hidden=768, vocab=1048).write(tmp_path / "source.gguf")
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    params.pure = True
+    path = tmp_path / "dense.gguf"
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params) == 0
+    done = run_stock(stock, path, tmp_path / "stock.npy", threads)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(logits(path, threads=threads), np.load(tmp_path / "stock.npy"))
 
 
 def test_stock_refuses_pairs(tmp_path: Path, stock: Path) -> None:
