@@ -183,13 +183,13 @@ def _marker(point: Point, x: Scale, y: Scale) -> str:
 
 
 def _labels(points: Sequence[Point], x: Scale, y: Scale) -> list[str]:
-    """Labels beside their points, moved until they hit neither a marker nor another label."""
+    """Labels beside their points, moved until they hit neither marker, label nor an axis."""
     taken = [(x.at(p.x) - 7, y.at(p.y) - 7, x.at(p.x) + 7, y.at(p.y) + 7) for p in points]
     found = []
     for point in sorted(points, key=lambda p: y.at(p.y)):
         px, py = x.at(point.x), y.at(point.y)
         width = 6.3 * len(point.label)
-        box, anchor, at = _place(px, py, width, taken)
+        box, anchor, at = _place(px, py, width, y.start, taken)
         taken.append(box)
         found.append(_text(at[0], at[1], point.label, anchor, f"name {point.family}"))
     return found
@@ -199,7 +199,7 @@ Box = tuple[float, float, float, float]
 
 
 def _place(
-    px: float, py: float, width: float, taken: Sequence[Box]
+    px: float, py: float, width: float, bottom: float, taken: Sequence[Box]
 ) -> tuple[Box, str, tuple[float, float]]:
     options: list[tuple[Box, str, tuple[float, float]]] = []
     for dy in (0, -14, 14, -26, 26, -38, 38):
@@ -207,12 +207,15 @@ def _place(
         gap = 9 if dy == 0 else 3
         right = (px + gap, middle - 6, px + gap + width, middle + 6)
         left = (px - gap - width, middle - 6, px - gap, middle + 6)
+        centred = (px - width / 2, middle - 6, px + width / 2, middle + 6)
         options.append((right, "start", (px + gap, middle + 4)))
         options.append((left, "end", (px - gap, middle + 4)))
+        if dy:
+            options.append((centred, "middle", (px, middle + 4)))
 
     def cost(option: tuple[Box, str, tuple[float, float]]) -> float:
         box = option[0]
-        outside = box[0] < LEFT or box[2] > WIDTH or box[1] < 0
+        outside = box[0] < LEFT or box[2] > WIDTH or box[1] < 0 or box[3] > bottom
         hits = sum(_overlap(box, other) for other in taken)
         return 10 * outside + hits
 

@@ -415,6 +415,30 @@ def test_labels_of_near_points_do_not_cover_each_other() -> None:
     assert len(spots) == 3
 
 
+def test_labels_stay_off_the_axes() -> None:
+    """The decode picture of a frontier: the lowest points lie close together at the left."""
+    spots = [
+        (0.80854, 0.003916, "Q8_0"),
+        (0.78660, 0.007038, "Q6_K"),
+        (0.73470, 0.006364, "Q5_K_M"),
+        (0.77176, 0.032920, "Q4_K_M"),
+        (0.78263, 0.011862, "105MB"),
+        (0.95587, 0.079602, "Q3_K_M"),
+        (0.90206, 0.022472, "92MB"),
+        (0.97195, 0.090535, "IQ4_XS"),
+        (0.97055, 0.261560, "Q2_K"),
+        (0.99030, 0.051495, "80MB"),
+        (1.09376, 0.277317, "70MB"),
+        (1.11977, 0.639649, "60MB"),
+    ]
+    points = [svg.Point(x, y, name, "gguf", "plain", "") for x, y, name in spots]
+    root = ET.fromstring(svg.scatter(points, "x", "y", "t"))
+    names = [n for n in root.iter() if n.attrib.get("class", "").startswith("name")]
+    grid = [n for n in root.iter() if n.attrib.get("class") == "grid"]
+    bottom = max(float(n.attrib["y2"]) for n in grid)
+    assert all(float(n.attrib["y"]) <= bottom for n in names)
+
+
 def test_speedups_share_one_scale_and_show_the_gate() -> None:
     bars = [svg.Bar("a", "gguf", Speedup(1.2, 1.1, 1.3), (1.15, 1.25), 1.05)]
     low, high = svg.range_of(bars)
