@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from svdexport.core.products import times_transposed
 from svdexport.core.ranks import Ranks
 
 # What a method or an allocation strategy may ask calibration for:
@@ -37,8 +38,10 @@ def add_upper(matrix: Tensor, x: Tensor) -> None:
     A symmetric rank-k update by products: torch has no call for BLAS's own, and numpy's brings
     threads of its own, which get into the way of torch's.
     """
+    columns = x.T.contiguous()
     for start in range(0, matrix.shape[0], _BLOCK):
-        matrix[start : start + _BLOCK, start:] += x[:, start : start + _BLOCK].T @ x[:, start:]
+        part = columns[start : start + _BLOCK]
+        matrix[start : start + _BLOCK, start:] += times_transposed(part, columns[start:])
 
 
 def mirror(matrix: Tensor) -> None:

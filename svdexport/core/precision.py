@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from svdexport.core.products import float32_products
 from svdexport.recipe.values import Precision
 
 BF16_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
@@ -37,5 +38,5 @@ def products_in(
 ) -> contextlib.AbstractContextManager[Any]:
     """Matrix products in ``dtype``; weights, norms and the residual stream stay float32."""
     if dtype == torch.float32:
-        return contextlib.nullcontext()
+        return float32_products() if device.type == "cpu" else contextlib.nullcontext()
     return torch.autocast(device.type, dtype)

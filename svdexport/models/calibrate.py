@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdexport.core.machine import keep_freed_memory
 from svdexport.core.moments import (
     NEED_GRADIENTS,
     FirstRows,
@@ -91,6 +92,7 @@ def calibrate(
         ranks: processes that share the samples; all get the statistics over all samples.
         precision: of the blocks' products; what passes between blocks stays float32.
     """
+    keep_freed_memory()
     weights = as_weights(model)
     weights.model.eval().requires_grad_(False)
     blocks = [i for i in range(len(structure.blocks)) if i not in skip]
