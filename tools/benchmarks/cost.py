@@ -136,6 +136,7 @@ def recipe_of(options: argparse.Namespace, group: bool) -> Recipe:
                 "file": str(options.text.absolute()),
                 "samples": options.samples,
                 "length": options.length,
+                "precision": options.precision,
             },
             "compress": {
                 "method": "svd_llm",
@@ -222,6 +223,7 @@ def main() -> None:
     whole.add_argument("--text", type=Path, required=True)
     whole.add_argument("--samples", type=int, default=32)
     whole.add_argument("--length", type=int, default=512)
+    whole.add_argument("--precision", default="float32", help="calibration.precision")
     whole.add_argument("--no-published", dest="published", action="store_false")
     whole.set_defaults(run=whole_pass)
     options = parser.parse_args()
