@@ -54,6 +54,25 @@ def trainable(module: nn.Module, trained: dict[str, nn.Parameter]) -> Iterator[N
         module.requires_grad_(False)
 
 
+@contextmanager
+def frozen_in(dtype: torch.dtype, *modules: nn.Module) -> Iterator[None]:
+    """The weights of linears that are not trained, in ``dtype``, once instead of in every pass.
+
+    Autocast gives a product the same values; it remembers them for trained weights alone. A head
+    that shares the embedding's table leaves that as it is.
+    """
+    kept: list[tuple[nn.Linear, Tensor]] = []
+    try:
+        for part in (part for module in modules for part in module.modules()):
+            if type(part) is nn.Linear and not part.weight.requires_grad:
+                kept.append((part, part.weight))
+                part.weight = nn.Parameter(part.weight.to(dtype), requires_grad=False)
+        yield
+    finally:
+        for part, weight in kept:
+            part.weight = weight
+
+
 def _train(
     name: str,
     data: RefineData,
@@ -66,6 +85,7 @@ def _train(
 ) -> Course:
     student = data.student
     dtype = choose(config.precision, student.device)
+    modules = [student.module] if dense is None else [student.module, dense.module]
 
     def hidden(decoder: Decoder, tokens: Tensor) -> Tensor:
         with torch.no_grad(), products_in(dtype, decoder.device):
@@ -105,7 +125,8 @@ def _train(
     identity = hashlib.sha256(said.encode()).hexdigest()
     state = data.scratch / f"{name}-state.safetensors"
     task = Task(trained, step, check, state, config.batch * both.shape[1], identity)
-    return train(task, schedule, name, data.progress)
+    with frozen_in(dtype, *modules):
+        return train(task, schedule, name, data.progress)
 
 
 def notes(name: str, data: RefineData, config: Training, course: Course) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from svdexport.core.gauge import balance
 from svdexport.errors import RecipeError
 from svdexport.recipe import Distill
-from svdexport.refine import REFINERS, Refined, divergence, training
+from svdexport.refine import REFINERS, Refined, divergence, logits, training
 from svdexport.refine.divergence import divergence_of_hidden
 from svdexport.refine.pairs import pair_tensors, shared_products
 from svdexport.refine.text import TeacherStates, batch_of, split
@@ -259,3 +260,37 @@ def test_the_dense_model_runs_once_for_each_window(tmp_path: Path) -> None:
     again = TeacherStates(given.tokens, given.teacher, make, path, 32)
     assert torch.equal(again[[1, 3]], states[[1, 3]])
     assert len(ran) == 2
+
+
+def test_frozen_weights_in_bfloat16_change_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIG.model_copy(update={"steps": 4, "precision": "bfloat16"})
+    found: list[Refined] = []
+    for name in ("held", "cast in every pass"):
+        (tmp_path / name).mkdir()
+        given = data(tmp_path / name, dense_blocks=(1,))
+        module = given.student.module
+        before = {part: value.clone() for part, value in module.state_dict().items()}
+        found.append(REFINERS["distill"].refine(given, config))
+        after = module.state_dict()
+        assert all(value.dtype == torch.float32 for value in after.values())
+        frozen = {part for part in after if ".lr_" not in part}
+        assert all(torch.equal(after[part], before[part]) for part in frozen)
+        monkeypatch.setattr(logits, "frozen_in", lambda *_: nullcontext())
+    assert found[0].tensors
+    assert all(torch.equal(one, found[1].tensors[part]) for part, one in found[0].tensors.items())
+    assert found[0].notes == found[1].notes
+
+
+def test_a_frozen_head_leaves_the_embedding_that_it_shares() -> None:
+    model = dense_model()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    trained = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    with logits.frozen_in(torch.bfloat16, model):
+        assert model.lm_head.weight.dtype == torch.bfloat16
+        assert model.model.embed_tokens.weight.dtype == torch.float32
+        assert model.model.layers[0].self_attn.q_proj.weight is trained
+        assert not model.model.layers[1].mlp.down_proj.weight.requires_grad
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.model.layers[1].mlp.down_proj.weight.dtype == torch.float32
