@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,3 +79,27 @@ def test_other_types_pass_by(counted: list[tuple[int, ...]]) -> None:
         out = nn.Linear(16, 16)(normal(8, 16))
     assert out.dtype == torch.bfloat16
     assert not counted
+
+
+CHURN = """
+import resource, sys, torch
+from svdexport.core.machine import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def churn():
+    parts = [torch.ones(6 << 18) for _ in range(6)]  # 6 MB each
+churn()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    churn()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_not_zeroed_again() -> None:
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", CHURN, how]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("keep") < faults("as it is") / 10
