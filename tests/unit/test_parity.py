@@ -132,6 +132,38 @@ def test_half_precision_passes_its_own_tolerance_and_not_that_of_float32(
     assert parity.compare(reference, exact, parity.FLOAT32).passed
 
 
+def test_the_expected_agreement_is_the_mean_over_many_draws() -> None:
+    rng = np.random.default_rng(5)
+    a = rng.normal(0, 1, (400, 3))
+    a[:, 2] -= 20.0  # two tokens compete
+    one = a + rng.normal(0, 0.4, (400, 1)) + rng.normal(0, 0.3, a.shape)
+    draws = [
+        (
+            a.argmax(1) == (a + rng.normal(0, 1, a.shape) * (one - a).std(1)[:, None]).argmax(1)
+        ).mean()
+        for _ in range(200)
+    ]
+    assert parity.expected_top1(a, one) == pytest.approx(np.mean(draws), abs=0.005)
+    assert parity.expected_top1(a, a) == 1.0
+    assert parity.expected_top1(a, a + 7.0) == pytest.approx(1.0)
+
+
+def test_the_limit_of_agreement_does_not_hang_on_one_draw() -> None:
+    """The top tokens of ten draws of one noise agree as they may; unlike ones would not."""
+    rng = np.random.default_rng(6)
+    a = rng.normal(0, 3, (96, 5000)).astype(np.float32)
+
+    def drawn(size: float) -> parity.Logits:
+        return (a + rng.normal(0, size, a.shape)).astype(np.float32)
+
+    limits = {parity.compare(a, a, parity.INT8_ACTIVATIONS, drawn(0.1)).min_top1 for _ in range(10)}
+    assert max(limits) - min(limits) < 0.01
+    for _ in range(10):
+        assert parity.compare(a, drawn(0.1), parity.INT8_ACTIVATIONS, drawn(0.1)).passed
+    far = parity.compare(a, drawn(0.19), parity.INT8_ACTIVATIONS, drawn(0.02))
+    assert any("top token" in problem for problem in far.problems)
+
+
 def test_figures_are_the_plain_formulas() -> None:
     rng = np.random.default_rng(1)
     a = rng.normal(0, 3, (20, 50)).astype(np.float32)
