@@ -206,9 +206,9 @@ def expected_top1(reference: Array, noisy: Array) -> float:
     """Share of positions whose top token survives noise of the size that each position shows.
 
     Of one draw of the noise a handful of 96 positions change their top token, between 2 and 8 for
-    four files of one run. The mean over all draws is steadier: with noise s in each of two logits, a gap g
-    between the first and the second closes with probability erfc(g / 2s) / 2. What shifts all
-    logits of a position alike changes no order and is left out.
+    four files of one run. The mean over all draws is steadier: with noise s in each of two logits,
+    a gap g between the first and the second closes with probability erfc(g / 2s) / 2. What shifts
+    all logits of a position alike changes no order and is left out.
     """
     gaps = np.diff(np.partition(reference, -2, axis=1)[:, -2:], axis=1)[:, 0]
     sizes = (noisy - reference).std(axis=1)
