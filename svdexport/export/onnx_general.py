@@ -69,6 +69,8 @@ def cache_shape(config: Any) -> tuple[int, int, int]:
     """(key-value heads, head size, layers) of a decoder's cache, from its config."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        heads = 1  # Falcon
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return int(heads), int(width), int(text.num_hidden_layers)
 

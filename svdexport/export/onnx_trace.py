@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from svdexport.checkpoint import Checkpoint, is_encoder
+from svdexport.core.linears import is_linear, is_transposed
 from svdexport.errors import InputError
 from svdexport.export.onnx_latent import ATTENTION, LatentValue, register
 
@@ -162,11 +163,6 @@ def latent_layers(model: nn.Module) -> dict[int, int]:
     }
 
 
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or GPT-2's Conv1D, which is one with its weight transposed."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-
-
 def _stand_in(
     name: str,
     module: nn.Module,
@@ -175,12 +171,12 @@ def _stand_in(
     numbers: Iterator[int],
 ) -> _Linear:
     rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
-    if type(module) is not nn.Linear:
+    if is_transposed(module):
         rows, columns = columns, rows
     bias = checkpoint.tensor(f"{name}.bias").to(dtype) if module.bias is not None else None
     spec = checkpoint.low_rank.get(name)
     if spec is None:
-        leaf = "weight" if type(module) is nn.Linear else "weight_t"
+        leaf = "weight_t" if is_transposed(module) else "weight"
         return _Linear({leaf: (rows, columns)}, bias, dtype, numbers)
     shapes = {"lr_a": (spec.rank, columns)} if spec.group == name else {}
     return _Linear({**shapes, "lr_b": (rows, spec.rank)}, bias, dtype, numbers)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdexport.core.linears import is_linear
 from svdexport.errors import InputError
 from svdexport.models.experts import Experts, stack_of
-from svdexport.models.modules import is_linear, linear_shape
+from svdexport.models.modules import linear_shape
 
 Call = tuple[int, str, Tensor]  # block, path of a linear within the block, its input
 

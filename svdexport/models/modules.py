@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from svdexport.checkpoint import EmbeddingSpec, PairSpec, experts_apart
+from svdexport.core.linears import is_linear, is_transposed
 from svdexport.models.experts import separate_experts
 
 
@@ -48,16 +49,6 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-
-
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear itself, or GPT-2's Conv1D (the same with a transposed weight)."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the weight is stored (in_features, out_features), as GPT-2's Conv1D."""
-    return type(module).__name__ == "Conv1D"
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

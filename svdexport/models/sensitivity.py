@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from svdexport.core.linears import is_transposed
 from svdexport.core.lowrank import FactorPair
 from svdexport.models.blocks import InputGroup, Structure, record_inputs, run_block, tail_loss
 from svdexport.models.calibrate import Progress
-from svdexport.models.modules import is_transposed, linear_shape
+from svdexport.models.modules import linear_shape
 
 Trials = Sequence[tuple[InputGroup, Sequence[FactorPair]]]
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from svdexport.allocate import STRATEGIES
+from svdexport.core.linears import is_transposed
 from svdexport.core.machine import describe
 from svdexport.errors import RecipeError
 from svdexport.factorize import METHODS, split_outputs
 from svdexport.models.blocks import Structure, discover
 from svdexport.models.corpus import texts
 from svdexport.models.loader import load_model, load_tokenizer, open_source
-from svdexport.models.modules import is_transposed
 from svdexport.models.weights import Weights
 from svdexport.pipeline.compress import GroupPlan, allocate_ranks, plan_rows
 from svdexport.pipeline.factor_files import factors_file, pair_at
@@ -97,10 +97,11 @@ def compare(
     Raises:
         RecipeError: an unknown label, or a budget that a contender cannot meet.
     """
+    chosen = _chosen(labels)
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".compare-", dir=out) as work:
-        return _compare(recipe, ratios, _chosen(labels), out, Path(work), threads, reporter)
+        return _compare(recipe, ratios, chosen, out, Path(work), threads, reporter)
 
 
 def _compare(

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from svdexport.core.decompose import decompose
 from svdexport.core.gauge import in_even_gauge, mixed
+from svdexport.core.linears import is_transposed
 from svdexport.core.lowrank import FactorPair
 from svdexport.core.moments import CrossMoments
 from svdexport.core.sequence import sequence_target
 from svdexport.factorize import split_outputs
 from svdexport.models.blocks import InputGroup
-from svdexport.models.modules import is_transposed
 from svdexport.models.sequence import Walk
 from svdexport.pipeline.compress import GroupPlan
 from svdexport.pipeline.factor_files import factors_file, gradients_of

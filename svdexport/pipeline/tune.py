@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from svdexport.core.linears import is_transposed
 from svdexport.errors import InputError, RecipeError
 from svdexport.export import gguf_base
 from svdexport.export.gguf_norms import TRAINED, norm_places
 from svdexport.models.decoder import Decoder
 from svdexport.models.loader import load_model
-from svdexport.models.modules import is_transposed
 from svdexport.packed import GGUF_PART, PackedFolder, PackedWeight, write_packed
 from svdexport.pipeline.artifacts import artifact_name, load_values
 from svdexport.pipeline.job import Job, ModelUnderWork

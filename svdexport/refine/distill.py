@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from svdexport.core.linears import is_linear, is_transposed
 from svdexport.errors import RecipeError
 from svdexport.recipe.refiners import Distill
 from svdexport.refine.base import Refined, RefineData, Refiner
@@ -38,7 +39,7 @@ def trained_parameters(data: RefineData, config: Distill) -> dict[str, nn.Parame
             for name, part in module.get_submodule(path).named_modules():
                 full = f"{path}.{name}"
                 inside = full.endswith((".lr_a", ".lr_b"))
-                if type(part) is nn.Linear and not inside and full not in pairs:
+                if is_linear(part) and not (is_transposed(part) or inside or full in pairs):
                     found[f"{full}.weight"] = part.weight  # type: ignore[assignment]
     if not found:
         raise RecipeError(f"{data.where}: no linear became a pair: there is nothing to refine")

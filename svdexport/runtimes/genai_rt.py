@@ -57,7 +57,12 @@ class GenaiRuntime:
     def _generator(self, length: int) -> Any:
         parameters = self._genai.GeneratorParams(self._model)
         parameters.set_search_options(max_length=length, do_sample=False, batch_size=1)
-        return self._genai.Generator(self._model, parameters)
+        try:
+            return self._genai.Generator(self._model, parameters)
+        except Exception as error:
+            raise InputError(
+                f"{self.path}: onnxruntime-genai cannot hold {length} tokens ({error})"
+            ) from None
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Tokens (T,) -> float32 logits (T, vocab); token by token where the graph gives the last.

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from svdexport.core.linears import is_linear
 from svdexport.core.measures import Parity
 from svdexport.errors import InputError
 
@@ -108,7 +109,7 @@ def rounded_activations(model: Any, block: int = 32) -> Iterator[None]:
     def hook(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (_round_blocks(inputs[0], block), *inputs[1:])
 
-    linears = [m for m in model.modules() if type(m).__name__ in {"Linear", "Conv1D"}]
+    linears = [module for module in model.modules() if is_linear(module)]
     handles = [module.register_forward_pre_hook(hook) for module in linears]
     try:
         yield

@@ -35,6 +35,8 @@ GROUPS: dict[str, list[list[str]]] = {
     "opt": [ATTENTION, ["fc1"]],
     "opt-projected": [["fc1"], ["fc2"]],
     "gpt2": [["attn.c_attn"], ["mlp.c_fc"]],
+    "falcon": [["self_attention.query_key_value"], ["mlp.dense_4h_to_h"]],
+    "falcon, one key": [["self_attention.query_key_value"], ["self_attention.dense"]],
     "gemma3": [ATTENTION, ["mlp.down_proj"]],
     "mixtral": [ATTENTION, ["self_attn.o_proj"]],
     "qwen2-moe": [ATTENTION, ["mlp.shared_expert.down_proj"]],
@@ -100,6 +102,8 @@ def _check_genai(out: Path, meant: np.ndarray) -> None:
     plain = OrtRuntime(out, threads=1)
     assert runtime.generate(prompt, 8) == plain.generate(prompt, 8)
     assert relative(runtime.logits(TOKENS), meant) < 1e-4
+    with pytest.raises(InputError, match="cannot hold 201 tokens"):
+        runtime.prefill(np.zeros(200, np.int64))
     runtime.close()
     plain.close()
 

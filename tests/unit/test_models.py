@@ -89,6 +89,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4},
     "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4},
     "gpt_neox": {},
+    "falcon": {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon, one key": {"alibi": False, "new_decoder_architecture": False, "multi_query": True},
 }
 
 

@@ -49,6 +49,13 @@ GENERAL: dict[str, dict[str, Any]] = {
         "do_layer_norm_before": False,
     },
     "gpt2": {"model_type": "gpt2", "n_positions": 128},
+    "falcon": {
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "alibi": False,
+    },
+    "falcon, one key": {"model_type": "falcon", "multi_query": True, "alibi": False},
     "gemma3": {
         "model_type": "gemma3_text",
         "num_key_value_heads": 2,
@@ -75,7 +82,12 @@ GENERAL: dict[str, dict[str, Any]] = {
 }
 """Families that the onnxruntime-genai builder does not do exactly."""
 
-BLOCKS = {"opt": "model.decoder.layers", "gpt2": "transformer.h", "bert": "encoder.layer"}
+BLOCKS = {
+    "opt": "model.decoder.layers",
+    "gpt2": "transformer.h",
+    "falcon": "transformer.h",
+    "bert": "encoder.layer",
+}
 """Where the blocks stand, if not in ``model.layers``."""
 
 
