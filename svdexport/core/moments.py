@@ -17,8 +17,11 @@ from svdexport.core.ranks import Ranks
 #   mean_abs    mean of |x| (n,)                 fisher      sum over samples of (dL/dW)^2 (m, n)
 #   rows        the first of the rows x themselves (count, n)
 #   similarity  mean cosine of a block's input and output
-Statistic = Literal["inputs", "gradients", "mean_abs", "fisher", "rows", "similarity"]
-NEED_GRADIENTS: frozenset[Statistic] = frozenset({"gradients", "fisher"})
+#   sampled_gradients  G of the loss for tokens drawn from the model's own prediction (m, m)
+Statistic = Literal[
+    "inputs", "gradients", "sampled_gradients", "mean_abs", "fisher", "rows", "similarity"
+]
+NEED_GRADIENTS: frozenset[Statistic] = frozenset({"gradients", "sampled_gradients", "fisher"})
 
 _CHUNK = 2048  # rows per float32 product: keeps its rounding near 1e-6 of sqrt(H_ii H_jj)
 _BLOCK = 192  # columns: narrower products lose more speed than they save work
@@ -96,6 +99,14 @@ class Moment:
         ranks.sum(self._sum)
         self._whole = False
         self.rows = int(ranks.sum(torch.tensor(self.rows)))
+
+
+def mean_shape(first: Tensor, second: Tensor) -> Tensor:
+    """Mean of two second moments (m, m), each over its trace; the result has the first's trace."""
+    trace = float(second.trace())
+    if trace <= 0.0:
+        return first
+    return (first + second * (float(first.trace()) / trace)) / 2
 
 
 @dataclass(frozen=True)

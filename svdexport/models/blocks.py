@@ -356,22 +356,38 @@ def tail_logits(model: nn.Module, structure: Structure, tokens: Tensor, hidden: 
     return logits
 
 
-def tail_gradient(model: nn.Module, structure: Structure, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Gradient of the summed next-token loss with respect to the last block's output.
+def tail_gradients(
+    model: nn.Module,
+    structure: Structure,
+    tokens: Tensor,
+    hidden: Tensor,
+    sampler: torch.Generator | None = None,
+) -> list[Tensor]:
+    """Gradients of the summed next-token loss with respect to the last block's output.
 
     Args:
         tokens: (batch, tokens); hidden: output of the last block, (batch, tokens, width).
+        sampler: adds a second gradient, of the loss for next tokens drawn from the model's own
+            prediction at each position instead of the text's.
     """
     leaf = hidden.detach().requires_grad_(True)
     with torch.enable_grad():
-        loss = tail_loss(model, structure, tokens, leaf)
-        (gradient,) = torch.autograd.grad(loss, leaf)
-    return gradient
+        logits = tail_logits(model, structure, tokens, leaf)
+        labels = [tokens[:, 1:].flatten()]
+        if sampler is not None:
+            predicted = logits.detach()[:, :-1].flatten(0, 1).float().softmax(dim=-1)
+            labels.append(torch.multinomial(predicted, 1, generator=sampler).flatten())
+        return [
+            torch.autograd.grad(_loss(logits, one), leaf, retain_graph=one is not labels[-1])[0]
+            for one in labels
+        ]
 
 
 def tail_loss(model: nn.Module, structure: Structure, tokens: Tensor, hidden: Tensor) -> Tensor:
     """Next-token loss summed over all positions, from the last block's output; see above."""
-    logits = tail_logits(model, structure, tokens, hidden)
-    return nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"
-    )
+    return _loss(tail_logits(model, structure, tokens, hidden), tokens[:, 1:].flatten())
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    predicted = logits[:, :-1].flatten(0, 1).float()
+    return nn.functional.cross_entropy(predicted, labels, reduction="sum")

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,13 @@ from svdexport.core.precision import choose, in_full, products_in
 from svdexport.core.ranks import ALONE, Ranks
 from svdexport.errors import InputError
 from svdexport.models.activations import Activations
-from svdexport.models.blocks import Structure, record_inputs, run_block, tail_gradient
+from svdexport.models.blocks import Structure, record_inputs, run_block, tail_gradients
 from svdexport.models.routed import Collected, borrow
 from svdexport.models.weights import Weights, as_weights
 from svdexport.recipe.values import Precision
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
+Labels = Literal["text", "sampled"]  # next tokens that a loss is taken for
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class BlockMoments:
 
     Attributes:
         inputs: H; linears that share an input share it. gradients: G.
+        sampled_gradients: G of the loss for tokens drawn from the model's own prediction.
         mean_abs: mean of |x| (n,), shared as H is.
         fisher: sum over samples of the squared gradient of the weight, (m, n).
         rows: the first rows of the inputs, (keep_rows, n), shared as H is.
@@ -54,6 +56,7 @@ class BlockMoments:
     block: int
     inputs: dict[str, Moment]
     gradients: dict[str, Moment]
+    sampled_gradients: dict[str, Moment] = field(default_factory=dict)
     mean_abs: dict[str, Tensor] = field(default_factory=dict)
     fisher: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
@@ -73,6 +76,7 @@ def calibrate(
     skip: Collection[int] = (),
     ranks: Ranks = ALONE,
     precision: Precision = "float32",
+    seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> Iterator[BlockMoments]:
     """Yield the statistics of every block; in order, or last to first where gradients are needed.
@@ -84,13 +88,15 @@ def calibrate(
         tokens: calibration samples, (samples, length), int64.
         batch: samples that run together.
         statistics: what to collect; the inputs' moments always are. Gradients are those of the
-            summed next-token loss.
+            summed next-token loss: for the text's tokens, and for ``sampled_gradients`` for
+            tokens drawn from the model's prediction.
         scratch: folder for a file with the activations: 4 bytes x samples x length x width, and
-            for gradients that x (blocks + 1), one for each boundary of blocks.
+            for gradients that x (blocks + 1), one for each boundary of blocks, or one more.
         keep_rows: input rows of each linear that the statistic ``rows`` keeps in memory.
         skip: blocks whose statistics are not wanted.
         ranks: processes that share the samples; all get the statistics over all samples.
         precision: of the blocks' products; what passes between blocks stays float32.
+        seed: of the drawn tokens; each sample has a generator of its own.
     """
     keep_freed_memory()
     weights = as_weights(model)
@@ -108,6 +114,7 @@ def calibrate(
         scratch / "activations.bin",
         ranks,
         choose(precision),
+        seed,
     )
     backward = bool(NEED_GRADIENTS & wanted.statistics)
     try:
@@ -138,9 +145,10 @@ class _Sweep:
         store: Path,
         ranks: Ranks,
         dtype: torch.dtype,
+        seed: int,
     ) -> None:
         self.weights, self.structure, self.tokens = weights, structure, tokens
-        self.wanted, self.ranks, self.dtype = wanted, ranks, dtype
+        self.wanted, self.ranks, self.dtype, self.seed = wanted, ranks, dtype, seed
         # whole batches are shared out, so that each one's rounding does not depend on the ranks
         starts = range(0, tokens.shape[0], batch)[ranks.rank :: ranks.size]
         self.slices = [slice(i, i + batch) for i in starts]
@@ -184,7 +192,10 @@ class _Sweep:
             del watch  # before the next block's moments stand beside these
 
     def backward(self, progress: Progress) -> Iterator[BlockMoments]:
-        """Boundary i is the input of block i; the last one turns from outputs to gradients."""
+        """Boundary i is the input of block i; the last one turns from outputs to gradients.
+
+        Gradients of drawn tokens, where they are asked for, have one boundary more.
+        """
         total = len(self.structure.blocks)
         for index, path in enumerate(self.structure.blocks):
             with self.weights.block(path) as block, torch.no_grad():
@@ -194,7 +205,8 @@ class _Sweep:
             progress("forward", index + 1, total)
         with self.weights.ends():
             for part in self.slices:
-                self.store.put(total, part, self._tail(part))
+                for number, gradient in enumerate(self._tail(part)):
+                    self.store.put(total + number, part, gradient)
         for index in reversed(range(self.wanted.blocks[0], total)):
             watch = _Watch(self.weights.model, self.structure, index, self.wanted)
             with contextlib.ExitStack() as stack:
@@ -206,14 +218,21 @@ class _Sweep:
                 yield watch.moments(self.ranks)
             del watch  # before the next block's moments stand beside these
 
-    def _tail(self, part: slice) -> Tensor:
+    def _tail(self, part: slice) -> list[Tensor]:
         """One sample at a time: the head's logits are the widest tensor of the model."""
         hidden, tokens = self.hidden(len(self.structure.blocks), part), self.tokens[part]
-        rows = [
-            tail_gradient(self.weights.model, self.structure, tokens[i : i + 1], hidden[i : i + 1])
-            for i in range(tokens.shape[0])
-        ]
-        return torch.cat(rows)
+        found = []
+        for i in range(tokens.shape[0]):
+            sampler = None
+            if "sampled_gradients" in self.wanted.statistics:  # the same in any batch and rank
+                sampler = torch.Generator().manual_seed((self.seed << 20) + part.start + i)
+            one = slice(i, i + 1)
+            found.append(
+                tail_gradients(
+                    self.weights.model, self.structure, tokens[one], hidden[one], sampler
+                )
+            )
+        return [torch.cat(rows) for rows in zip(*found, strict=True)]
 
     def _backward_block(self, index: int, watch: _Watch) -> None:
         """The gradient at the block's output becomes that at its input, in the same place."""
@@ -226,8 +245,15 @@ class _Sweep:
                 hidden = self.hidden(index, part).requires_grad_(True)
                 out = self.run(block, hidden, part, index)
                 watch.compare(hidden.detach(), out.detach())
-                (gradient,) = torch.autograd.grad(out, hidden, self.hidden(last, part))
-                self.store.put(last, part, gradient)
+                for number, kind in enumerate(watch.labels):
+                    watch.given = kind
+                    (gradient,) = torch.autograd.grad(
+                        out,
+                        hidden,
+                        self.hidden(last + number, part),
+                        retain_graph=kind != watch.labels[-1],
+                    )
+                    self.store.put(last + number, part, gradient)
 
 
 class _Watch(contextlib.AbstractContextManager["_Watch"]):
@@ -243,6 +269,9 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
         self.model, self.index, self.statistics = model, index, wanted.statistics
         statistics = wanted.statistics
         self.groups = structure.of_block(index)
+        sampled = "sampled_gradients" in statistics
+        self.labels: tuple[Labels, ...] = ("text", "sampled") if sampled else ("text",)
+        self.given: Labels = "text"  # whose gradient passes now
         self.found = found = Collected()
         for group in self.groups:
             names, width = [m.name for m in group.members], group.members[0].in_features
@@ -254,6 +283,8 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
             for m in group.members:
                 if "gradients" in statistics:
                     found.gradients[m.name] = Moment(m.out_features)
+                if sampled:
+                    found.sampled_gradients[m.name] = Moment(m.out_features)
                 if "fisher" in statistics:
                     found.fisher[m.name] = Fisher(m.out_features, m.in_features)
         self.cosine = MeanCosine()
@@ -283,13 +314,18 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
         return self
 
     def _watch_output(self, name: str) -> None:
-        moment, fisher = self.found.gradients.get(name), self.found.fisher.get(name)
+        found, fisher = self.found, self.found.fisher.get(name)
+        moments: dict[Labels, Moment | None] = {
+            "text": found.gradients.get(name),
+            "sampled": found.sampled_gradients.get(name),
+        }
 
         def watch(_m: Any, args: Any, out: Tensor) -> None:
             def add(gradient: Tensor) -> None:
+                moment = moments[self.given]
                 if moment is not None:
                     moment.add(gradient)
-                if fisher is not None:
+                if fisher is not None and self.given == "text":
                     fisher.add(args[0], gradient)
 
             out.register_hook(add)  # type: ignore[no-untyped-call]
@@ -310,14 +346,15 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
         for one in (*found.all(), self.cosine):  # in the same order on all ranks
             one.share(ranks)
         few = borrow(self.groups, found)
-        sums: dict[str, Moment | Fisher] = {**found.inputs, **found.gradients, **found.fisher}
-        for name, summed in sums.items():
-            if not torch.isfinite(summed.matrix).all():
-                raise InputError(f"{name}: activations overflow on the calibration text")
+        for sums in (found.inputs, found.gradients, found.sampled_gradients, found.fisher):
+            for name, summed in sums.items():
+                if not torch.isfinite(summed.matrix).all():
+                    raise InputError(f"{name}: activations overflow on the calibration text")
         return BlockMoments(
             self.index,
             found.inputs,
             found.gradients,
+            found.sampled_gradients,
             {name: one.value() for name, one in found.mean_abs.items()},
             {name: one.matrix for name, one in found.fisher.items()},
             {name: one.value() for name, one in found.rows.items()},

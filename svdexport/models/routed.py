@@ -23,13 +23,21 @@ class Collected:
 
     inputs: dict[str, Moment] = field(default_factory=dict)
     gradients: dict[str, Moment] = field(default_factory=dict)
+    sampled_gradients: dict[str, Moment] = field(default_factory=dict)
     mean_abs: dict[str, MeanAbs] = field(default_factory=dict)
     fisher: dict[str, Fisher] = field(default_factory=dict)
     rows: dict[str, FirstRows] = field(default_factory=dict)
 
     def all(self) -> list[Moment | MeanAbs | Fisher | FirstRows]:
         """Each once, in the same order in every process."""
-        parts = (self.inputs, self.mean_abs, self.rows, self.gradients, self.fisher)
+        parts = (
+            self.inputs,
+            self.mean_abs,
+            self.rows,
+            self.gradients,
+            self.sampled_gradients,
+            self.fisher,
+        )
         found = {id(one): one for part in parts for one in part.values()}  # type: ignore[attr-defined]
         return list(found.values())
 
@@ -63,16 +71,13 @@ def _lend(
     own = {group.leader: found.inputs[group.leader].rows for group in poor}
     for number in range(len(experts[0].members)):
         names = [group.members[number].name for group in experts]
-        gradients = [found.gradients[name].matrix for name in names if name in found.gradients]
-        fisher = [found.fisher[name].matrix for name in names if name in found.fisher]
-        lent_gradient = _sum(gradients) if gradients else None
-        lent_fisher = _sum(fisher) if fisher else None
-        for group in poor:
-            name, share = group.members[number].name, max(1, own[group.leader]) / max(1, tokens)
-            if lent_gradient is not None:
-                found.gradients[name].matrix = lent_gradient * share
-            if lent_fisher is not None:
-                found.fisher[name].matrix = lent_fisher * share
+        for sums in (found.gradients, found.sampled_gradients, found.fisher):
+            if names[0] not in sums:
+                continue
+            lent = _sum([sums[name].matrix for name in names])
+            for group in poor:
+                name, share = group.members[number].name, max(1, own[group.leader]) / max(1, tokens)
+                sums[name].matrix = lent * share
     for group in poor:
         leader, share = group.leader, max(1, own[group.leader]) / max(1, tokens)
         found.inputs[leader].matrix = moment * share  # members share the object

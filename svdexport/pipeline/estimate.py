@@ -31,12 +31,13 @@ def memory_bytes(recipe: Recipe, shapes: Shapes) -> dict[str, int]:
     for group in structure.of_block(0):
         if needs:
             moments += group.members[0].in_features ** 2 * BYTES_F64
-        if "gradients" in needs:
-            moments += sum(member.out_features**2 for member in group.members) * BYTES_F64
+        outputs = sum(member.out_features**2 for member in group.members) * BYTES_F64
+        moments += outputs * len(needs & {"gradients", "sampled_gradients"})
         if "fisher" in needs:
             moments += sum(member.params for member in group.members) * BYTES_F64
     width = structure.of_block(0)[0].members[0].in_features
     boundaries = len(structure.blocks) + 1 if NEED_GRADIENTS & needs else 1
+    boundaries += "sampled_gradients" in needs
     return {
         "weights": shapes.count * BYTES_F32,
         "moments_of_a_block": moments,
@@ -62,6 +63,7 @@ def seconds(recipe: Recipe, shapes: Shapes, groups: list[InputGroup]) -> dict[st
     if needs:
         # forward twice (activations, then recomputed with gradients) and backward
         passes = 2.0 + (6.0 if NEED_GRADIENTS & needs else 0.0)
+        passes += 2.0 if "sampled_gradients" in needs else 0.0  # backward once more
         found["calibrate"] = passes * linears * count / single
         found["calibrate"] += 2.0 * count * _moment_sizes(groups, "gradients" in needs) / double
     work = sum(_eigen_size(group) ** 3 for group in groups)

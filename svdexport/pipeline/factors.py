@@ -13,7 +13,7 @@ from svdexport.allocate import STRATEGIES
 from svdexport.core.decompose import Decomposition, Fit, fit, fit_of_optimum
 from svdexport.core.gauge import with_even_scales
 from svdexport.core.lowrank import break_even_rank
-from svdexport.core.moments import Statistic
+from svdexport.core.moments import Statistic, mean_shape
 from svdexport.core.noise import noise_model, share_left
 from svdexport.core.ranks import ALONE, Ranks
 from svdexport.errors import InputError, RecipeError
@@ -24,7 +24,7 @@ from svdexport.models.weights import Weights, as_weights
 from svdexport.pipeline.factor_files import factors_file, save_factors
 from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import Recipe
-from svdexport.recipe.settings import BasisSharing, DobiSvd
+from svdexport.recipe.settings import BasisSharing, DobiSvd, KfacSvd
 
 
 def chosen_groups(recipe: Recipe, structure: Structure) -> list[InputGroup]:
@@ -66,7 +66,13 @@ def statistics(recipe: Recipe) -> frozenset[Statistic]:
     compress = recipe.compress
     if compress.method == "none":  # quantisation takes its own
         return frozenset()
-    return METHODS[compress.method].needs | STRATEGIES[compress.allocate].needs
+    needs = METHODS[compress.method].needs | STRATEGIES[compress.allocate].needs
+    return needs | {"sampled_gradients"} if _both_labels(recipe) else needs
+
+
+def _both_labels(recipe: Recipe) -> bool:
+    settings = recipe.compress.settings
+    return isinstance(settings, KfacSvd) and settings.labels == "both"
 
 
 def finished_blocks(recipe: Recipe, structure: Structure, folder: Path) -> list[int]:
@@ -251,6 +257,7 @@ def moments_for(
         keep_rows=max((s.rows for s in settings if isinstance(s, DobiSvd)), default=0),
         skip=skip,
         ranks=ranks,
+        seed=recipes[0].calibration.seed,
         progress=reporter.progress,
     )
 
@@ -264,7 +271,7 @@ def _group_data(
     inputs = moments.inputs[names[0]].matrix if names[0] in moments.inputs else None
     gradients = None
     if moments.gradients:
-        gradients = tuple(moments.gradients[name].matrix for name in names)
+        gradients = tuple(_gradients(recipe, moments, name) for name in names)
     fisher = tuple(moments.fisher[name] for name in names) if moments.fisher else None
     columns = group.members[0].in_features
     # in bytes, or remapped, a pair may be smaller than the dense matrix at any rank
@@ -281,6 +288,12 @@ def _group_data(
         fisher,
         moments.rows.get(names[0]),
     )
+
+
+def _gradients(recipe: Recipe, moments: BlockMoments, name: str) -> Tensor:
+    """G of one linear, (m, m), as the recipe's method wants it."""
+    own = moments.gradients[name].matrix
+    return mean_shape(own, moments.sampled_gradients[name].matrix) if _both_labels(recipe) else own
 
 
 def _pack(leader: str, found: Decomposition, errors: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -64,6 +64,16 @@ class BasisSharing(Settings):
     refit: bool = False
 
 
+class KfacSvd(Settings):
+    """Loss-aware SVD: whose next tokens the gradients are of.
+
+    ``text``: the calibration text's. ``both``: these and tokens drawn from the model's own
+    prediction, the mean of the two moments, each over its trace; a second backward pass.
+    """
+
+    labels: Literal["text", "both"] = "text"
+
+
 class EmbAe(Settings):
     """Low-rank embedding: steps that raise the summed cosines, beginning at the plain SVD."""
 
@@ -77,6 +87,7 @@ METHOD_SETTINGS: dict[str, type[Settings]] = {
     "dobi_svd": DobiSvd,
     "basis_sharing": BasisSharing,
     "emb_ae": EmbAe,
+    "kfac_svd": KfacSvd,
 }
 
 

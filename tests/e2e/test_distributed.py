@@ -61,14 +61,15 @@ def factors(place: Path, out: str) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_factors_of_one(place: Path) -> None:
-    outputs = []
+@pytest.mark.parametrize("labels", ["text", "both"])
+def test_two_processes_give_the_factors_of_one(place: Path, labels: str) -> None:
+    outputs, how = [], f"compress.settings.labels={labels}"
     for out in ("two", "again"):
-        process = torchrun(place, out)
+        process = torchrun(place, out, "--set", how)
         outputs.append(process.communicate(timeout=240))
         assert process.returncode == 0, outputs[-1][1]
     assert outputs[0][0].strip().endswith("checkpoint")
-    api.compress(place / "r.yaml", place / "one")
+    api.compress(place / "r.yaml", place / "one", [how])
     assert len(factors(place, "one")) == 2
     for one, two, again in zip(
         factors(place, "one"), factors(place, "two"), factors(place, "again"), strict=True

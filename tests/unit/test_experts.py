@@ -176,10 +176,12 @@ def test_few_tokens_borrow_the_moment_of_all() -> None:
     for group, x, g in zip(groups, rows, gradients, strict=True):
         name = group.leader
         found.inputs[name], found.gradients[name] = Moment(6), Moment(4)
+        found.sampled_gradients[name] = Moment(4)
         found.mean_abs[name], found.fisher[name] = MeanAbs(6), Fisher(4, 6)
         for statistic in (found.inputs[name], found.mean_abs[name]):
             statistic.add(x)
         found.gradients[name].add(g)
+        found.sampled_gradients[name].add(2 * g)
         if len(x):
             found.fisher[name].add(x[None], g[None])
     fisher = sum(one.matrix for one in found.fisher.values())
@@ -188,11 +190,13 @@ def test_few_tokens_borrow_the_moment_of_all() -> None:
     for name, share in (("experts.1.up", 3 / 43), ("experts.2.up", 1 / 43)):
         assert torch.allclose(found.inputs[name].matrix, share * x.T @ x, atol=1e-5)
         assert torch.allclose(found.gradients[name].matrix, share * g.T @ g, atol=1e-5)
+        sampled = found.sampled_gradients[name].matrix
+        assert torch.allclose(sampled, 4 * share * g.T @ g, atol=1e-5)
         assert torch.allclose(found.fisher[name].matrix, share * fisher)
         assert torch.allclose(found.mean_abs[name].value(), x.abs().mean(0))
     own = rows[0].double()
     assert torch.allclose(found.inputs["experts.0.up"].matrix, own.T @ own, atol=1e-5)
-    assert len(found.all()) == 12
+    assert len(found.all()) == 15
 
 
 def test_a_stack_is_one_candidate() -> None:

@@ -15,7 +15,7 @@ from svdexport import api
 from svdexport.errors import InputError, RecipeError
 from svdexport.export.safetensors_write import SafetensorsWriter
 from svdexport.models.activations import Activations
-from svdexport.models.blocks import discover, record_inputs, run_block, tail_gradient
+from svdexport.models.blocks import discover, record_inputs, run_block, tail_gradients
 from svdexport.models.calibrate import BlockMoments, calibrate
 from svdexport.models.loader import load_model, structure_of
 from svdexport.models.weights import StreamedWeights, as_weights
@@ -53,8 +53,8 @@ def test_streamed_weights_are_those_of_the_loaded_model(family: str, tmp_path: P
         hidden = run_block(loaded.get_submodule(path), hidden, expected.calls[index])
         assert torch.equal(found, hidden)
     with weights.ends() as model:
-        gradient = tail_gradient(model, structure, tokens, hidden)
-    assert torch.equal(gradient, tail_gradient(loaded, structure, tokens, hidden))
+        (gradient,) = tail_gradients(model, structure, tokens, hidden)
+    assert torch.equal(gradient, tail_gradients(loaded, structure, tokens, hidden)[0])
     for linear in structure.linears():
         assert torch.equal(weights.linear(linear.name), as_weights(loaded).linear(linear.name))
     assert all(parameter.is_meta for parameter in weights.model.parameters())
@@ -119,6 +119,7 @@ def test_a_tensor_of_another_shape_or_name_is_refused_by_name(tmp_path: Path) ->
 def moments_of(found: BlockMoments) -> dict[str, Tensor]:
     named = {**{f"h {k}": v for k, v in found.inputs.items()}}
     named |= {f"g {k}": v for k, v in found.gradients.items()}
+    named |= {f"s {k}": v for k, v in found.sampled_gradients.items()}
     return {name: moment.matrix for name, moment in named.items()}
 
 
@@ -126,7 +127,8 @@ def test_skipped_blocks_change_no_other(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", "llama", num_hidden_layers=4)
     structure = structure_of(tmp_path / "m")
     tokens = torch.randint(0, 300, (5, 12), generator=torch.Generator().manual_seed(1))
-    for statistics in (["inputs"], ["inputs", "gradients", "fisher", "mean_abs", "similarity"]):
+    every = ["inputs", "gradients", "sampled_gradients", "fisher", "mean_abs", "similarity"]
+    for statistics in (["inputs"], every):
         settings = {"batch": 2, "statistics": statistics, "scratch": tmp_path}
         whole = {m.block: moments_of(m) for m in calibrate(model, structure, tokens, **settings)}
         assert sorted(whole) == [0, 1, 2, 3]
@@ -164,9 +166,15 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("method", ["svd", "svd_llm", "kfac_svd", "tfwsvd", "basis_sharing"])
-def test_streaming_gives_the_same_bytes(place: Path, method: str) -> None:
-    how = f"compress.method={method}"
+@pytest.mark.parametrize(
+    "how",
+    [
+        *(f"method={name}" for name in ("svd", "svd_llm", "kfac_svd", "tfwsvd", "basis_sharing")),
+        "settings.labels=both",
+    ],
+)
+def test_streaming_gives_the_same_bytes(place: Path, how: str) -> None:
+    how = f"compress.{how}"
     loaded = checkpoint_bytes(place, "a", how, "compress.stream=never")
     streamed = checkpoint_bytes(place, "b", how, "compress.stream=always")
     assert streamed == loaded
