@@ -29,8 +29,10 @@ from svdexport.pipeline.compress import GroupPlan, allocate_ranks, plan_rows
 from svdexport.pipeline.factor_files import factors_file, pair_at
 from svdexport.pipeline.factors import Factorizer, moments_for
 from svdexport.pipeline.reporter import Reporter
+from svdexport.pipeline.sequential import refactor_in_sequence
 from svdexport.pipeline.trials import measured
 from svdexport.recipe import Compress, Recipe, did_you_mean
+from svdexport.recipe.settings import Settings
 from svdexport.report.comparison import Comparison, Entry, Figure, earlier, write
 from svdexport.runtimes.torch_rt import TorchRuntime
 from svdexport.verify.quality import evaluate
@@ -38,7 +40,7 @@ from svdexport.verify.quality import evaluate
 
 @dataclass(frozen=True)
 class Contender:
-    """A method as its paper uses it: allocation, and whether linears share an A."""
+    """A method as its paper uses it: allocation, whether linears share an A, and sequence."""
 
     label: str
     method: str
@@ -46,6 +48,7 @@ class Contender:
     group: bool = False
     settings: tuple[tuple[str, Any], ...] = ()
     allocation: tuple[tuple[str, Any], ...] = ()
+    sequential: bool = False
 
 
 # In the order in which the papers report them, worst first; then ours. lorc and emb_ae are left
@@ -70,6 +73,14 @@ CONTENDERS = (
     Contender("dobi_svd", "dobi_svd", "dobi_svd", allocation=(("iterations", 4), ("samples", 4))),
     Contender("kfac_svd", "kfac_svd", "greedy"),
     Contender("kfac_svd, grouped", "kfac_svd", "greedy", group=True),
+    Contender("kfac_svd, both labels", "kfac_svd", "greedy", settings=(("labels", "both"),)),
+    Contender(
+        "kfac_svd, in sequence",
+        "kfac_svd",
+        "greedy",
+        settings=(("labels", "both"),),
+        sequential=True,
+    ),
 )
 
 
@@ -177,14 +188,14 @@ class _Place:
             "allocate": contender.allocate,
             "allocation": dict(contender.allocation),
             "group": contender.group,
-            "sequential": False,
+            "sequential": contender.sequential,
             "budget": {"param_ratio": ratio},
         }
         given = self.recipe.compress  # its own keys, where it names this very method or strategy
         if given.method == contender.method:
-            own["settings"] = given.settings.model_dump()
+            own["settings"] = dict(contender.settings) | _set_keys(given.settings)
         if given.allocate == contender.allocate:
-            own["allocation"] = given.allocation.model_dump()
+            own["allocation"] = dict(contender.allocation) | _set_keys(given.allocation)
         return self.recipe.model_copy(update={"compress": Compress.model_validate(base | own)})
 
     def identity(self, ratios: Sequence[float]) -> str:
@@ -213,6 +224,7 @@ class _Place:
             compress.allocation.model_dump(mode="json"),
             contender.group,
             figures,
+            contender.sequential,
         )
 
     def done(self, entries: Sequence[Entry]) -> dict[str, Entry]:
@@ -232,7 +244,9 @@ class _Place:
         workers: dict[str, Factorizer] = {}
         for label, recipe in recipes.items():
             what = recipe.compress
-            alike = json.dumps([what.method, what.settings.model_dump(), what.group])
+            alike = json.dumps(
+                [what.method, what.settings.model_dump(), what.group, what.sequential]
+            )
             if alike not in workers:
                 folder = work / f"factors-{len(workers)}"
                 workers[alike] = Factorizer(recipe, self.structure, self.model, folder)
@@ -265,20 +279,24 @@ class _Place:
                 more = measured(
                     recipe, self.structure, folder, self.model, self.calibration, reporter.progress
                 )
-            kept, perplexity = self.figure(recipe, folder, more)
+            kept, perplexity = self.figure(recipe, folder, more, reporter)
             seconds = time.perf_counter() - began
             reporter.note(f"kept {kept:.3f}: perplexity {perplexity:.2f}, {seconds:.0f} s")
             found.append(Figure(ratio, kept, perplexity, seconds))
         return tuple(found)
 
     def figure(
-        self, recipe: Recipe, folder: Path, more: dict[str, dict[str, Any]]
+        self, recipe: Recipe, folder: Path, more: dict[str, dict[str, Any]], reporter: Reporter
     ) -> tuple[float, float]:
         """Share of the parameters that is kept, and perplexity."""
         plan = allocate_ranks(recipe, self.structure, folder, more)
         rows = plan_rows(plan)
         kept = sum(row.params for row in rows) / sum(row.params_dense for row in rows)
-        with self._in_place(recipe.compress, plan, folder):
+        if recipe.compress.sequential:
+            made = self._in_sequence(recipe, plan, folder, reporter)
+        else:
+            made = _products(recipe.compress, plan, folder)
+        with self._in_place(made):
             return kept, self.perplexity()
 
     def perplexity(self) -> float:
@@ -286,28 +304,61 @@ class _Place:
         runtime = TorchRuntime(self.folder, self.threads, self.model)
         return evaluate(runtime, self.windows.numpy()).perplexity
 
+    def _in_sequence(
+        self, recipe: Recipe, plan: list[GroupPlan], folder: Path, reporter: Reporter
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The weights (m, n) of what is factored and fitted anew, by the linear's name."""
+        tensors: dict[str, Tensor] = {}
+        for block in refactor_in_sequence(
+            recipe,
+            Weights(self.model),
+            self.structure,
+            plan,
+            self.calibration,
+            folder,
+            reporter.progress,
+        ):
+            tensors |= block  # all of them before any is put in place: the walk needs the model
+        for entry in plan:
+            a = tensors.get(f"{entry.group.leader}.lr_a.weight")
+            for member in entry.group.members:
+                if a is not None:
+                    yield member.name, tensors[f"{member.name}.lr_b.weight"] @ a
+                elif f"{member.name}.weight" in tensors:
+                    yield member.name, tensors[f"{member.name}.weight"]
+
     @contextlib.contextmanager
-    def _in_place(self, compress: Compress, plan: list[GroupPlan], folder: Path) -> Iterator[None]:
-        """The model's weights are the products B A while the context lasts."""
+    def _in_place(self, made: Iterator[tuple[str, Tensor]]) -> Iterator[None]:
+        """The model's linears have these weights (m, n) while the context lasts."""
         before: list[tuple[Tensor, Tensor]] = []
         try:
-            for entry in plan:
-                if entry.allocation.rank is None:
-                    continue
-                path = factors_file(folder, entry.group.block)
-                leader, members = entry.group.leader, entry.group.members
-                pair = pair_at(compress, _of_leader(path, leader), leader, entry.allocation.rank)
-                sizes = [member.out_features for member in members]
-                parts = split_outputs(pair.dense(), sizes)
-                for member, part in zip(members, parts, strict=True):
-                    module = self.model.get_submodule(member.name)
-                    weight: Tensor = module.weight  # type: ignore[assignment]
-                    before.append((weight, weight.data))
-                    weight.data = (part.T if is_transposed(module) else part).contiguous()
+            for name, new in made:
+                module = self.model.get_submodule(name)
+                weight: Tensor = module.weight  # type: ignore[assignment]
+                before.append((weight, weight.data))
+                weight.data = (new.T if is_transposed(module) else new).contiguous()
             yield
         finally:
             for weight, data in before:
                 weight.data = data
+
+
+def _products(
+    compress: Compress, plan: list[GroupPlan], folder: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """The products B A (m, n) of the plan's pairs, by the linear's name."""
+    for entry in plan:
+        if entry.allocation.rank is None:
+            continue
+        path = factors_file(folder, entry.group.block)
+        leader, members = entry.group.leader, entry.group.members
+        pair = pair_at(compress, _of_leader(path, leader), leader, entry.allocation.rank)
+        parts = split_outputs(pair.dense(), [member.out_features for member in members])
+        yield from zip((member.name for member in members), parts, strict=True)
+
+
+def _set_keys(settings: Settings) -> dict[str, Any]:
+    return settings.model_dump(exclude_unset=True)
 
 
 def _of_leader(path: Path, leader: str) -> dict[str, Tensor]:

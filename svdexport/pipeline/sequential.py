@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdexport.core.decompose import decompose
 from svdexport.core.gauge import in_even_gauge, mixed
@@ -16,24 +15,25 @@ from svdexport.core.lowrank import FactorPair
 from svdexport.core.moments import CrossMoments
 from svdexport.core.sequence import sequence_target
 from svdexport.factorize import split_outputs
-from svdexport.models.blocks import InputGroup
+from svdexport.models.blocks import InputGroup, Structure
+from svdexport.models.calibrate import Progress
 from svdexport.models.sequence import Walk
+from svdexport.models.weights import Weights
 from svdexport.pipeline.compress import GroupPlan
 from svdexport.pipeline.factor_files import factors_file, gradients_of
-from svdexport.pipeline.job import Job, ModelUnderWork
 from svdexport.recipe import Recipe
 
 MIX = 1.0  # weight of the original inputs beside the compressed model's (core/sequence.py)
 
 
-def fitted_dense(model: ModelUnderWork, plan: list[GroupPlan]) -> list[str]:
+def fitted_dense(model: nn.Module, plan: list[GroupPlan]) -> list[str]:
     """Linears that stay dense and get a fitted weight: all but transposed ones (Conv1D)."""
     return [
         member.name
         for entry in plan
         if entry.allocation.rank is None
         for member in entry.group.members
-        if not is_transposed(model.weights.model.get_submodule(member.name))
+        if not is_transposed(model.get_submodule(member.name))
     ]
 
 
@@ -65,26 +65,34 @@ def pair_in_sequence(
 
 
 def refactor_in_sequence(
-    job: Job, model: ModelUnderWork, plan: list[GroupPlan], tokens: Path, folder: Path
+    recipe: Recipe,
+    weights: Weights,
+    structure: Structure,
+    plan: list[GroupPlan],
+    tokens: Tensor,
+    folder: Path,
+    progress: Progress,
 ) -> Iterator[dict[str, Tensor]]:
     """The checkpoint's tensors of every block: pairs, and dense linears, fitted in sequence.
 
     Ranks are those of the plan. Where the method has gradients' moments, they weight the error as
     they did when the ranks were chosen.
+
+    Args:
+        tokens: calibration samples, (samples, length). folder: of the factor files.
     """
-    recipe = job.recipe
-    dense = set(fitted_dense(model, plan))
+    dense = set(fitted_dense(weights.model, plan))
     ranks = {entry.group.leader: entry.allocation.rank for entry in plan}
     made: dict[str, Tensor] = {}
 
     def refit(
-        group: InputGroup, weights: Sequence[Tensor], moments: CrossMoments
+        group: InputGroup, own: Sequence[Tensor], moments: CrossMoments
     ) -> Sequence[Tensor] | None:
         rank = ranks[group.leader]
         if rank is None and group.leader not in dense:
             return None
         sizes = [member.out_features for member in group.members]
-        target, metric = sequence_target(torch.cat(list(weights)), moments, MIX)
+        target, metric = sequence_target(torch.cat(list(own)), moments, MIX)
         if rank is None:
             new = split_outputs(target.float(), sizes)
             made.update({f"{m.name}.weight": w for m, w in zip(group.members, new, strict=True)})
@@ -98,13 +106,13 @@ def refactor_in_sequence(
         return [part @ pair.a for part in second]
 
     walk = Walk(
-        model.weights,
-        model.structure,
+        weights,
+        structure,
         [entry.group for entry in plan],
-        load_file(tokens)["calibration"],
+        tokens,
         batch=recipe.calibration.batch,
         scratch=folder,
     )
-    for _ in walk.run(refit, job.reporter.progress):
+    for _ in walk.run(refit, progress):
         yield dict(made)
         made.clear()

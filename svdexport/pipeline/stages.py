@@ -263,8 +263,11 @@ def _assemble(
     shutil.rmtree(checkpoint, ignore_errors=True)
     config = both_rope_forms(compressed_config(model.checkpoint.config, low_rank, embedding))
     if recipe.compress.sequential and not recipe.compress.by_bytes:  # else with the types' noise
-        made = refactor_in_sequence(job, model, plan, tokens, factors)
-        replaced = fitted_dense(model, plan)
+        text = load_file(tokens)["calibration"]
+        made = refactor_in_sequence(
+            recipe, model.weights, structure, plan, text, factors, job.reporter.progress
+        )
+        replaced = fitted_dense(model.weights.model, plan)
     else:
         made = compress.pair_tensors(job.recipe.compress, plan, factors)
         replaced = []

@@ -36,6 +36,7 @@ class Entry:
     allocation: dict[str, Any]
     group: bool
     figures: tuple[Figure, ...]
+    sequential: bool = False
 
 
 @dataclass(frozen=True)

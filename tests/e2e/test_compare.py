@@ -65,6 +65,34 @@ def test_compare_gives_the_perplexity_of_the_compressed_checkpoints(
     ]
 
 
+def test_compare_in_sequence_gives_the_perplexity_of_that_checkpoint(recipe: Path) -> None:
+    labels = ("kfac_svd, both labels", "kfac_svd, in sequence")
+    out = recipe.parent / "sequence"
+    api.compare(recipe, out, ["compress.method=kfac_svd"], ratios=[0.6], labels=labels)
+    apart, sequence = json.loads((out / "compare.json").read_text())["entries"]
+    assert apart["settings"] == sequence["settings"] == {"labels": "both"}
+    assert (apart["sequential"], sequence["sequential"]) == (False, True)
+    how = ["compress.method=kfac_svd", "compress.settings.labels=both", "compress.group=false"]
+    how += ["compress.allocate=greedy", "compress.budget.param_ratio=0.6"]
+    for entry in (apart, sequence):
+        more = f"compress.sequential={str(entry['sequential']).lower()}"
+        checkpoint = api.compress(
+            recipe, recipe.parent / f"seq-{entry['sequential']}", [*how, more]
+        )
+        found = api.evaluate(checkpoint, recipe.parent / "text.txt", context=48, windows=2)
+        assert found["perplexity"] == pytest.approx(entry["figures"][0]["perplexity"], rel=1e-4)
+    assert apart["figures"][0]["perplexity"] != sequence["figures"][0]["perplexity"]
+    assert apart["figures"][0]["kept"] == sequence["figures"][0]["kept"]
+
+
+def test_a_recipes_own_settings_change_only_the_keys_that_it_names(recipe: Path) -> None:
+    out = recipe.parent / "own"
+    own = ["compress.method=tfwsvd", "compress.settings.steps=1"]
+    api.compare(recipe, out, own, ratios=[0.6], labels=["tfwsvd"])
+    (entry,) = json.loads((out / "compare.json").read_text())["entries"]
+    assert entry["settings"] == {"iterations": 2, "steps": 1}
+
+
 def test_an_unknown_method_or_ratio_is_refused(recipe: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean 'svd_llm'"):
         api.compare(recipe, recipe.parent / "no", labels=["svd_lm"])
