@@ -218,6 +218,21 @@ def test_a_70b_configuration_is_planned_within_five_seconds(tmp_path: Path) -> N
     assert api.plan(path, ["compress.rank_multiple=32"])["params"] == found["params"]
 
 
+def test_both_labels_are_planned_with_their_own_moments_and_boundary(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA_70B))
+    path, _ = recipe_of(tmp_path)
+    text, both = (
+        api.plan(path, ["compress.method=kfac_svd", f"compress.settings.labels={labels}"])
+        for labels in ("text", "both")
+    )
+    outputs = sum(m**2 for m in (8192, 1024, 1024, 8192, 28672, 28672, 8192))
+    more = {k: both["memory_bytes"][k] - v for k, v in text["memory_bytes"].items()}
+    assert more["moments_of_a_block"] == 8 * outputs
+    assert more["activations"] * 81 == text["memory_bytes"]["activations"]
+    assert more["weights"] == 0
+
+
 def test_a_configuration_alone_is_checked_too(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     code = LLAMA_70B | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}
