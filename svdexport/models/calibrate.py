@@ -224,7 +224,7 @@ class _Sweep:
         found = []
         for i in range(tokens.shape[0]):
             sampler = None
-            if "sampled_gradients" in self.wanted.statistics:  # the same in any batch and rank
+            if "sampled_gradients" in self.wanted.statistics:  # one seed in any batch and rank
                 sampler = torch.Generator().manual_seed((self.seed << 20) + part.start + i)
             one = slice(i, i + 1)
             found.append(
