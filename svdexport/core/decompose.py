@@ -17,6 +17,7 @@ from torch import Tensor
 
 from svdexport.core.lowrank import FactorPair
 from svdexport.core.moments import add_upper, gram, mirror
+from svdexport.core.products import eigh, multiply
 
 INPUT_DAMPING = 1e-6  # of H's mean eigenvalue: only against singularity
 MAX_RETRIES = 12
@@ -116,15 +117,15 @@ def _by_inputs(
         root, damping = damped_cholesky(input_moment.double(), INPUT_DAMPING)
     square = _gram(weights, output_moments, output_damping)
     if root is not None:
-        square = root.T @ square @ root
+        square = multiply(multiply(root.T, square), root)
     energies, vectors = eigen_descending(square)
     v = vectors[:, :limit]
     if root is None:
         a, right = v.T, v
     else:
         a = torch.linalg.solve_triangular(root, v.T, upper=False, left=False)
-        right = root @ v
-    b = torch.cat([(rows.double() @ right).float() for rows in _row_blocks(weights)])
+        right = multiply(root, v)
+    b = torch.cat([multiply(rows.double(), right).float() for rows in _row_blocks(weights)])
     return Decomposition(a.float().contiguous(), b, energies, damping)
 
 
@@ -141,7 +142,7 @@ def _gram(
     for weight, moment in zip(weights, moments, strict=True):
         full, add = weight.double(), damping_of(moment, output_damping)
         for rows, metric in zip(torch.split(full, ROWS), torch.split(moment, ROWS), strict=True):
-            square += rows.T @ (metric.double() @ full + add * rows)
+            square += multiply(rows.T, multiply(metric.double(), full) + add * rows)
     return square
 
 
@@ -158,7 +159,7 @@ def _by_outputs(
     limit: int,
 ) -> Decomposition:
     """m < n. With G = L L^T and U the eigenvectors of L^T W H W^T L: B = L^-T U, A = U^T L^T W."""
-    weight = torch.cat([w.double() for w in weights])
+    weight = torch.cat([w.double() for w in weights]) if len(weights) > 1 else weights[0].double()
     square = gram(weight.T) if input_moment is None else quadratic(weight, input_moment.double())
     root = None
     if output_moments is not None:
@@ -167,20 +168,20 @@ def _by_outputs(
             for g in output_moments
         ]
         root = torch.block_diag(*roots)  # type: ignore[no-untyped-call]
-        square = root.T @ square @ root
+        square = multiply(multiply(root.T, square), root)
     energies, vectors = eigen_descending(square)
     u = vectors[:, :limit]
     if root is None:
-        a, b = u.T @ weight, u
+        a, b = multiply(u.T, weight), u
     else:
-        a = (root @ u).T @ weight
+        a = multiply(multiply(root, u).T, weight)
         b = torch.linalg.solve_triangular(root.T, u, upper=True)
     return Decomposition(a.float().contiguous(), b.float().contiguous(), energies, 0.0)
 
 
 def quadratic(weight: Tensor, moment: Tensor) -> Tensor:
     """W H W^T, (m, m), for W (m, n) and a symmetric H (n, n), at little more than half the cost."""
-    half = _times_lower(weight, moment) @ weight.T
+    half = multiply(_times_lower(weight, moment), weight.T)
     return half + half.T
 
 
@@ -189,11 +190,15 @@ def _times_lower(weight: Tensor, moment: Tensor) -> Tensor:
 
     Zeros are left out in blocks of columns; inside of a block on the diagonal H / 2 does the same.
     """
-    product = torch.empty_like(weight)
-    for start in range(0, weight.shape[1], _BLOCK):
-        part, below = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
-        product[:, part] = weight[:, below] @ moment[below, part]
-        product[:, part].addmm_(weight[:, part], moment[part, part], alpha=0.5)
+    product, size = torch.empty_like(weight), weight.shape[1]
+    width = max(_BLOCK, size // 10)  # wider blocks do more of the zeros, but run faster
+    columns = torch.empty(size, width, dtype=moment.dtype)
+    for start in range(0, size, width):
+        part = slice(start, start + width)
+        lower = columns[start:, : size - start]
+        lower.copy_(moment[start:, part])
+        lower[:width] /= 2
+        multiply(weight[:, start:], lower, out=product[:, part])
     return product
 
 
@@ -209,7 +214,7 @@ def eigen_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Signs are fixed, so that reruns agree.
     """
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    values, vectors = eigh(matrix)
     values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
     largest = vectors.abs().argmax(dim=0)
     signs = torch.sign(vectors[largest, torch.arange(vectors.shape[1])])

@@ -18,13 +18,23 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 def cpu_name() -> str:
     """The processor as the system calls it, else its architecture."""
+    return _cpuinfo("model name", "Model") or platform.processor() or platform.machine()
+
+
+def made_by_intel() -> bool:
+    """Whether the processor says that Intel made it."""
+    return "GenuineIntel" in (_cpuinfo("vendor_id") or platform.processor())
+
+
+def _cpuinfo(*keys: str) -> str:
+    """The first field of Linux's table of processors with one of these names; else empty."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
-            if key.strip() in {"model name", "Model"} and value.strip():
+            if key.strip() in keys and value.strip():
                 return value.strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def usable_cores() -> int:

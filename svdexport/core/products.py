@@ -1,21 +1,30 @@
-"""Float32 matrix products on a CPU, by the oneDNN that torch carries.
+"""Large matrix products and eigenproblems on a CPU, by the fastest library at hand.
 
-torch sends float32 products to the BLAS it was built with. For x86 that is MKL, whose choice of
-kernels goes by the maker of the processor: on an AMD EPYC with AVX-512 it does 104 GFLOP/s a core
-where oneDNN, which goes by the instructions, does 200 to 240. No other processor was measured.
+torch sends them to the BLAS it was built with. For x86 that is MKL, whose choice of kernels goes by
+the maker of the processor: on an AMD EPYC with AVX-512 it does 104 GFLOP/s a core in float32 where
+the oneDNN that torch carries, which goes by the instructions, does 200 to 240, and 57 in float64
+where the OpenBLAS that numpy carries does 104. No other processor was measured.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from svdexport.core.machine import made_by_intel
+
 SMALLEST = 2**22  # multiplications: below, what a call costs outweighs the kernel
+# Multiplications in float64: for some milliseconds after a product the threads of one library get
+# into the way of the other's.
+SMALLEST_DOUBLE = 2**32
 _MM, _ADDMM = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
 
 
@@ -69,3 +78,48 @@ class _Onednn(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def float32_products() -> contextlib.AbstractContextManager[Any]:
     """Inside, large float32 products of any torch code run on oneDNN, where there is one."""
     return _Onednn() if has_onednn() else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _openblas() -> ThreadpoolController | None:
+    """numpy's OpenBLAS, where it has float64 kernels that torch's MKL keeps for Intel's own."""
+    if not torch.backends.mkl.is_available() or made_by_intel():  # type: ignore[no-untyped-call]
+        return None
+    found = ThreadpoolController().select(internal_api="openblas")
+    return found if found.lib_controllers else None
+
+
+@contextlib.contextmanager
+def _numpy_for(multiplications: int, *operands: Tensor) -> Iterator[bool]:
+    """Whether numpy is to do so many multiplications; inside it has as many threads as torch."""
+    blas = None
+    if multiplications >= SMALLEST_DOUBLE and all(
+        x.dtype == torch.float64 and x.device.type == "cpu" and not x.requires_grad
+        for x in operands
+    ):
+        blas = _openblas()
+    if blas is None:
+        yield False
+        return
+    with blas.limit(limits=torch.get_num_threads()):
+        yield True
+
+
+def multiply(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """x y, (m, k), for x (m, n) and y (n, k); written to ``out``, where that is given."""
+    with _numpy_for(x.shape[0] * x.shape[1] * y.shape[1], x, y) as by_numpy:
+        if not by_numpy:
+            return torch.mm(x, y, out=out)
+        result = torch.empty(x.shape[0], y.shape[1], dtype=x.dtype) if out is None else out
+        np.matmul(x.numpy(), y.numpy(), out=result.numpy())
+        return result
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,), ascending, and eigenvectors (n, n) of a symmetric matrix (n, n)."""
+    with _numpy_for(matrix.shape[0] ** 3, matrix) as by_numpy:
+        if by_numpy:
+            values, vectors = np.linalg.eigh(matrix.numpy())
+            return torch.from_numpy(values), torch.from_numpy(vectors)
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors

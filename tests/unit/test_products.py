@@ -1,4 +1,4 @@
-"""Products in float32 by oneDNN."""
+"""Products in float32 by oneDNN, in float64 by numpy."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import os
 import platform
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from svdexport.core import products
-from svdexport.core.products import float32_products, has_onednn, times_transposed
+from svdexport.core.products import eigh, float32_products, has_onednn, multiply, times_transposed
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
 
@@ -80,6 +83,75 @@ def test_other_types_pass_by(counted: list[tuple[int, ...]]) -> None:
         out = nn.Linear(16, 16)(normal(8, 16))
     assert out.dtype == torch.bfloat16
     assert not counted
+
+
+@pytest.fixture
+def by_numpy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Threads of numpy's BLAS in each float64 product that numpy was given; none is too small."""
+    seen: list[int] = []
+    blas = ThreadpoolController().select(internal_api="openblas")
+    if not blas.lib_controllers:
+        pytest.skip("this numpy has no OpenBLAS")
+
+    def noted(result: Any) -> Any:
+        seen.extend(library["num_threads"] for library in blas.info())
+        return result
+
+    matmul, numpy_eigh = np.matmul, np.linalg.eigh
+    monkeypatch.setattr(products, "SMALLEST_DOUBLE", 1)
+    monkeypatch.setattr(products, "_openblas", lambda: blas)
+    monkeypatch.setattr(np, "matmul", lambda *a, **k: noted(matmul(*a, **k)))
+    monkeypatch.setattr(np.linalg, "eigh", lambda x: noted(numpy_eigh(x)))
+    return seen
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_numpy_multiplies_in_float64(by_numpy: list[int], strided: bool) -> None:
+    x, y = normal(37, 130, seed=1).double(), normal(130, 61, seed=2).double()
+    whole = torch.full((37, 90), 7.0, dtype=torch.float64)
+    out = whole[:, 4:65]
+    if strided:
+        x, y = normal(130, 37, seed=1).double().T, normal(61, 130, seed=2).double().T
+    expected = x @ y
+    torch.testing.assert_close(multiply(x, y), expected, rtol=1e-13, atol=1e-12)
+    assert multiply(x, y, out=out) is out
+    torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-12)
+    assert (whole[:, :4] == 7).all() and (whole[:, 65:] == 7).all()
+    assert len(by_numpy) == 2
+
+
+def test_numpy_solves_a_float64_eigenproblem(by_numpy: list[int]) -> None:
+    x = normal(40, 40).double()
+    matrix = x @ x.T
+    values, vectors = eigh(matrix)
+    assert len(by_numpy) == 1
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(matrix), rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(vectors @ (values[:, None] * vectors.T), matrix)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(40, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_numpy_has_as_many_threads_as_torch(by_numpy: list[int], threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        multiply(normal(9, 16).double(), normal(16, 7).double())
+    finally:
+        torch.set_num_threads(before)
+    assert by_numpy == [threads]
+
+
+def test_numpy_is_left_alone_for_other_products(by_numpy: list[int]) -> None:
+    x, y = normal(9, 16), normal(16, 7)
+    assert torch.equal(multiply(x, y), x @ y)  # float32
+    products.SMALLEST_DOUBLE = 9 * 16 * 7 + 1  # restored by the fixture
+    assert torch.equal(multiply(x.double(), y.double()), x.double() @ y.double())
+    assert not by_numpy
+
+
+def test_intels_own_processors_stay_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "made_by_intel", lambda: True)
+    assert products._openblas.__wrapped__() is None
 
 
 CHURN = """
