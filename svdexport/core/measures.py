@@ -88,9 +88,9 @@ class Parity:
     `top1_agreement` is a share of positions, `max_abs_diff` and `mean_abs_diff` are in logits,
     `spread` is the standard deviation of the reference's logits, `relative` is the root mean
     square difference over `spread`, `worst_relative` the same at the worst position.
-    `activation_noise` is the relative difference that 8-bit activations alone make in torch, None
-    where the runtime keeps them exact. `problems` says which tolerance was missed; empty means
-    the file passed.
+    `activation_noise` is the relative difference that rounding activations as the runtime does
+    makes in torch, None where the runtime keeps them exact. `problems` says which tolerance was
+    missed; empty means the file passed.
     """
 
     top1_agreement: float

@@ -31,11 +31,11 @@ from svdexport.runtimes.gguf_file import adapter_of
 from svdexport.runtimes.torch_rt import TorchRuntime
 from svdexport.verify import evidence
 from svdexport.verify.parity import (
-    INT8_ACTIVATIONS,
-    activation_block,
+    Rounding,
     compare,
     drowned,
     rounded_activations,
+    rounding,
     tolerance,
 )
 
@@ -173,8 +173,9 @@ def _parity(
         torch_runtime = TorchRuntime(opened.path, job.threads, reference)
         expected = torch_runtime.logits(tokens)
         rounded = None
-        if limits is INT8_ACTIVATIONS:  # how much the runtime's 8-bit activations may change
-            with rounded_activations(reference, _activation_block(spec, exported)):
+        rounds = _rounding(spec, exported)
+        if rounds is not None:  # how much that may change
+            with rounded_activations(reference, rounds):
                 rounded = torch_runtime.logits(tokens)
     evidence.write(evidence.of(tokens, expected, rounded), evidence_file(job, exported.path))
     exact = may_be_exact(exported.path) and drowned(expected, rounded)
@@ -187,9 +188,9 @@ def _parity(
         runtime.close()
 
 
-def _activation_block(spec: Export, exported: Exported) -> int:
+def _rounding(spec: Export, exported: Exported) -> Rounding | None:
     size = spec.block_size if isinstance(spec, OnnxExport) else 32
-    return activation_block(exported.format, exported.type, size)
+    return rounding(exported.format, exported.type, size)
 
 
 @contextlib.contextmanager

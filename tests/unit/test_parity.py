@@ -42,8 +42,12 @@ def logits(model: LlamaForCausalLM) -> np.ndarray:
         return model(torch.as_tensor(TOKENS)[None]).logits[0].numpy()
 
 
-def rounded(model: LlamaForCausalLM, block: int = 32) -> np.ndarray:
-    with parity.rounded_activations(model, block):
+def rounded(
+    model: LlamaForCausalLM, kind: tuple[str, str] = ("onnx", "int8"), block: int = 32
+) -> np.ndarray:
+    rounding = parity.rounding(*kind, block)
+    assert rounding is not None
+    with parity.rounded_activations(model, rounding):
         return logits(model)
 
 
@@ -84,12 +88,12 @@ def test_mistakes_fail_at_every_tolerance(
 ) -> None:
     limits = parity.tolerance(*kind)
     reference = logits(model)
-    wide = rounded(model) if limits is parity.INT8_ACTIVATIONS else None
+    wide = rounded(model, kind)
     wrong = copy.deepcopy(model)
     change(wrong)
     got = parity.compare(reference, logits(wrong), limits, wide)
     assert not got.passed and "relative difference" in got.problems[0]
-    also_rounded = parity.compare(reference, rounded(wrong), limits, wide)
+    also_rounded = parity.compare(reference, rounded(wrong, kind), limits, wide)
     assert not also_rounded.passed
 
 
@@ -98,10 +102,62 @@ def test_rounded_activations_alone_pass(model: LlamaForCausalLM) -> None:
     reference = logits(model)
     for block in (16, 32, 64):
         limits = parity.tolerance("gguf", "Q4_0")
-        got = parity.compare(reference, rounded(model, block), limits, rounded(model))
+        got = parity.compare(reference, rounded(model, block=block), limits, rounded(model))
         assert got.passed, got.problems
         assert got.activation_noise is not None and got.activation_noise > 0.001
         assert got.max_relative < limits.relative
+
+
+def with_loud_channels_that_cancel(model: LlamaForCausalLM, times: float) -> LlamaForCausalLM:
+    """Every linear sees the difference of two loud channels, as plain SVD leaves a model."""
+    made = copy.deepcopy(model)
+    loud = made.model.embed_tokens.weight
+    loud[:, 0] = 4 + 4 * torch.rand(320, generator=torch.Generator().manual_seed(1))
+    loud[:, 1] = loud[:, 0] / 1.37
+    made.lm_head.weight[:, :2] = 0
+    for layer in made.model.layers:
+        for reader in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.mlp.up_proj):
+            reader.weight[:, 0] *= times
+            reader.weight[:, 1] = -1.37 * reader.weight[:, 0]
+        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            writer.weight[:2] = 0
+        layer.self_attn.o_proj.bias[:2] = 0
+    return made
+
+
+@pytest.mark.parametrize("type_name, times", [("F16", 500.0), ("BF16", 80.0)])
+def test_a_fragile_model_is_held_to_what_its_own_rounding_does(
+    model: LlamaForCausalLM, type_name: str, times: float
+) -> None:
+    fragile = with_loud_channels_that_cancel(model, times)
+    kind = ("gguf", type_name)
+    reference, noisy = logits(fragile), rounded(fragile, kind)
+    limits = parity.tolerance(*kind)
+    # the runtime's rounding falls elsewhere: here, of inputs that were scaled before
+    elsewhere = parity.rounding(*kind)
+    assert elsewhere is not None
+    with parity.rounded_activations(fragile, lambda x: elsewhere(x * 1.37) / 1.37):
+        other = logits(fragile)
+    assert not parity.compare(reference, other, limits).passed
+    got = parity.compare(reference, other, limits, noisy)
+    assert got.passed, got.problems
+    assert got.max_relative > limits.relative
+    sound = parity.compare(logits(model), logits(model), limits, rounded(model, kind))
+    assert sound.max_relative == limits.relative and sound.min_top1 == limits.top1
+
+
+def test_who_rounds_activations() -> None:
+    for kind in (("gguf", "F32"), ("onnx", "fp32"), ("checkpoint", "float16"), ("onnx", "fp16")):
+        assert parity.rounding(*kind) is None
+    x = torch.linspace(-3, 5, 512)
+    for kind, width in ((("gguf", "Q8_0"), 32), (("gguf", "Q4_K"), 256), (("onnx", "int4"), 128)):
+        found = parity.rounding(*kind, 128)
+        assert found is not None
+        assert torch.equal(found(x), parity.round_blocks(x, width))
+    for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)):
+        found = parity.rounding("gguf", name)
+        assert found is not None
+        assert torch.equal(found(x), x.to(dtype).float()) and found(x).dtype == torch.float32
 
 
 def test_a_drowned_model_is_compared_with_products_in_float32(model: LlamaForCausalLM) -> None:
@@ -218,10 +274,10 @@ def test_rounding_is_that_of_q8_0_and_hooks_are_removed(model: LlamaForCausalLM)
     values = np.random.default_rng(0).normal(0, 2, (3, 64)).astype(np.float32)
     q8 = GGMLQuantizationType.Q8_0
     expected = dequantize(quantize(values, q8), q8)
-    got = parity._round_blocks(torch.tensor(values), 32).numpy()
+    got = parity.round_blocks(torch.tensor(values), 32).numpy()
     # Q8_0 keeps its scale in half precision
     np.testing.assert_allclose(got, expected, rtol=2e-3, atol=1e-6)
-    assert torch.equal(parity._round_blocks(torch.zeros(2, 40), 32), torch.zeros(2, 40))
+    assert torch.equal(parity.round_blocks(torch.zeros(2, 40), 32), torch.zeros(2, 40))
     before = logits(model)
     assert not np.array_equal(rounded(model), before)
     np.testing.assert_array_equal(logits(model), before)
