@@ -1,7 +1,7 @@
 """llama.cpp through llama-cpp-python's C functions, with the options that the tests need.
 
-Run as a script it writes a file's logits: `python session.py MODEL.gguf OUT.npy THREADS`, so that
-another process (with another library) can be compared with this one.
+Run as a script it writes a file's logits: `python session.py MODEL.gguf OUT.npy THREADS LENGTH`, so
+that another process (with another library) can be compared with this one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-TOKENS = [(7 * i * i + 3 * i + 1) % 90 for i in range(24)]
+
+def some_tokens(length: int) -> list[int]:
+    """Tokens of a vocabulary of 90 or more."""
+    return [(7 * i * i + 3 * i + 1) % 90 for i in range(length)]
+
+
+TOKENS = some_tokens(24)
 
 _log: list[str] = []
 
@@ -182,4 +188,5 @@ def logits(path: Path, tokens: Sequence[int] = TOKENS, **options: object) -> np.
 
 
 if __name__ == "__main__":
-    np.save(sys.argv[2], logits(Path(sys.argv[1]), threads=int(sys.argv[3])))
+    threads, length = map(int, sys.argv[3:])
+    np.save(sys.argv[2], logits(Path(sys.argv[1]), some_tokens(length), threads=threads))

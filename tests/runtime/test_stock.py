@@ -15,7 +15,7 @@ import pytest
 
 from tests.runtime import models
 from tests.runtime.models import TinyModel, as_pairs, decoder
-from tests.runtime.session import logits, supports_low_rank
+from tests.runtime.session import TOKENS, logits, some_tokens, supports_low_rank
 
 ROOT = Path(__file__).parents[2]
 SESSION = Path(__file__).with_name("session.py")
@@ -38,10 +38,10 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_stock(
-    stock: Path, model: Path, out: Path, threads: int = 1
+    stock: Path, model: Path, out: Path, threads: int = 1, length: int = len(TOKENS)
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SESSION), str(model), str(out), str(threads)],
+        [sys.executable, str(SESSION), str(model), str(out), str(threads), str(length)],
         env=os.environ | {"PYTHONPATH": str(stock)},
         capture_output=True,
         text=True,
@@ -66,21 +66,29 @@ def test_dense_file_is_bit_for_bit_the_same(tmp_path: Path, stock: Path, model: 
     np.testing.assert_array_equal(logits(path), np.load(tmp_path / "stock.npy"))
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q4_K_S", "Q6_K", "Q2_K", "IQ4_NL"])
-@pytest.mark.parametrize("threads", [1, 3])
+KINDS = [
+    f"MOSTLY_{kind}"
+    for kind in ["F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K_S", "Q6_K", "Q2_K", "IQ4_NL"]
+]
+
+
+@pytest.mark.parametrize("kind", ["ALL_F32", *(f"MOSTLY_{kind}" for kind in KINDS)])
+@pytest.mark.parametrize(("threads", "length"), [(1, 24), (3, 51)])
 def test_quantised_dense_file_is_bit_for_bit_the_same(
-    tmp_path: Path, stock: Path, kind: str, threads: int
+    tmp_path: Path, stock: Path, kind: str, threads: int, length: int
 ) -> None:
-    """Rows enough for several pieces of a product, in a number that no piece divides."""
+    """Rows enough for several pieces of a product, in a number that no piece divides; prompts of
+    20 and 47 tokens, whose tiles are of one width and of two."""
     source = decoder(width=512, hidden=768, vocab=1048).write(tmp_path / "source.gguf")
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{kind}")
     params.pure = True
     path = tmp_path / "dense.gguf"
     assert llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params) == 0
-    done = run_stock(stock, path, tmp_path / "stock.npy", threads)
+    done = run_stock(stock, path, tmp_path / "stock.npy", threads, length)
     assert done.returncode == 0, done.stderr
-    np.testing.assert_array_equal(logits(path, threads=threads), np.load(tmp_path / "stock.npy"))
+    found = logits(path, some_tokens(length), threads=threads)
+    np.testing.assert_array_equal(found, np.load(tmp_path / "stock.npy"))
 
 
 def test_stock_refuses_pairs(tmp_path: Path, stock: Path) -> None:

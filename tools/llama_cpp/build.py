@@ -1,11 +1,11 @@
 """Build a wheel of llama-cpp-python whose llama.cpp runs low-rank pairs, and print its path.
 
-The source archive of the pinned release comes from PyPI (its hash is checked), gets the two patches
+The source archive of the pinned release comes from PyPI (its hash is checked), gets the patches
 beside this file and is built by pip. The wheel also carries llama.cpp's own converter, under
 `llama_cpp/converter`. It is kept in a cache folder under a key made of everything that decides what
 comes out, so that a second call finds it at once. Progress goes to stderr.
 
-    python tools/llama_cpp/build.py            the wheel with both patches
+    python tools/llama_cpp/build.py            the wheel with all patches
     python tools/llama_cpp/build.py --stock    the unchanged library, to compare with
 """
 
@@ -26,7 +26,10 @@ from pathlib import Path
 VERSION = "0.3.36"
 ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
 ARCHIVE_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-PATCHES = tuple(Path(__file__).with_name(f"{name}.patch") for name in ("low-rank", "decode-runs"))
+PATCHES = tuple(
+    Path(__file__).with_name(f"{name}.patch")
+    for name in ("low-rank", "decode-runs", "prefill-tiles")
+)
 RECIPE = "2"  # raise it when what this script makes of archive and patch changes
 CMAKE_ARGS = "-DCMAKE_BUILD_TYPE=Release -DLLAVA_BUILD=OFF -DGGML_NATIVE=ON"
 # llama.cpp's converter and what it imports
