@@ -146,6 +146,15 @@ def test_a_fragile_model_is_held_to_what_its_own_rounding_does(
     assert sound.max_relative == limits.relative and sound.min_top1 == limits.top1
 
 
+def test_rounding_that_overflows_widens_no_limit() -> None:
+    a = np.random.default_rng(1).normal(0, 3, (96, 50)).astype(np.float32)
+    overflown = a.copy()
+    overflown[40:] = np.nan
+    got = parity.compare(a, a + 0.3 * a[::-1], parity.FLOAT16, overflown)
+    assert not got.passed and got.activation_noise is None
+    assert got.max_relative == parity.FLOAT16.relative
+
+
 def test_who_rounds_activations() -> None:
     for kind in (("gguf", "F32"), ("onnx", "fp32"), ("checkpoint", "float16"), ("onnx", "fp16")):
         assert parity.rounding(*kind) is None
