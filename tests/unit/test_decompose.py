@@ -174,7 +174,7 @@ def test_moments_match_float64() -> None:
     assert float(((found.matrix - expected) / scale[:, None] / scale).abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("shape", [(7, 600), (300, 257), (64, 256)])
+@pytest.mark.parametrize("shape", [(7, 600), (300, 257), (64, 256), (5, 2570)])
 def test_half_of_the_work_gives_the_whole_quadratic_form(shape: tuple[int, int]) -> None:
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     h = moment(shape[1], 50, 2)
