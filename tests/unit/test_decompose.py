@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from svdexport.core import decompose as decompose_module
 from svdexport.core.decompose import (
     damped_cholesky,
     decompose,
@@ -16,6 +17,7 @@ from svdexport.core.decompose import (
     quadratic,
     squared_norm,
 )
+from svdexport.core.lowrank import FactorPair
 from svdexport.core.moments import Moment
 from svdexport.factorize import METHODS, GroupData
 
@@ -183,6 +185,27 @@ def test_half_of_the_work_gives_the_whole_quadratic_form(shape: tuple[int, int])
     assert torch.allclose(found, expected, atol=1e-12 * float(expected.abs().max()))
     assert torch.equal(found, found.T)
     assert float(squared_norm(weight, h)) == pytest.approx(float(expected.trace()), rel=1e-12)
+
+
+@pytest.mark.parametrize(("loudest", "single"), [(1.0, True), (30.0, True), (1e5, False)])
+def test_a_product_in_float32_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, loudest: float, single: bool
+) -> None:
+    """Where loud channels would make its rounding count, A is multiplied in float64."""
+    weight = torch.randn(96, 300, generator=torch.Generator().manual_seed(1))
+    loud = torch.ones(300, dtype=torch.float64)
+    loud[::50] = loudest
+    h = moment(300, 900, 2) * loud * loud[:, None]
+    exact = decompose([weight], h, max_rank=60).pair(60)
+    monkeypatch.setattr(decompose_module, "SMALLEST_DOUBLE", 1)
+    found = decompose([weight], h, max_rank=60).pair(60)
+    assert torch.equal(found.a, exact.a) != single
+
+    def error(pair: FactorPair) -> float:
+        rest = weight.double() - pair.b.double() @ pair.a.double()
+        return float(((rest @ h) * rest).sum())
+
+    assert error(found) <= error(exact) * (1 + 1e-7)
 
 
 @pytest.mark.parametrize("method", ["svd_llm", "svd_llm_v2"])

@@ -1,4 +1,4 @@
-"""Products in float32 by oneDNN, in float64 by numpy."""
+"""Products in float32 by oneDNN, in float64 by scipy."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from svdexport.core import products
-from svdexport.core.products import eigh, float32_products, has_onednn, multiply, times_transposed
+from svdexport.core.products import (
+    eigh,
+    float32_products,
+    has_onednn,
+    multiply,
+    times_lower,
+    times_transposed,
+)
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
 
@@ -86,67 +94,106 @@ def test_other_types_pass_by(counted: list[tuple[int, ...]]) -> None:
 
 
 @pytest.fixture
-def by_numpy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Threads of numpy's BLAS in each float64 product that numpy was given; none is too small."""
+def by_scipy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Threads of scipy's BLAS in each product that scipy was given; none is too small."""
     seen: list[int] = []
     blas = ThreadpoolController().select(internal_api="openblas")
     if not blas.lib_controllers:
-        pytest.skip("this numpy has no OpenBLAS")
+        pytest.skip("this scipy has no OpenBLAS")
 
-    def noted(result: Any) -> Any:
-        seen.extend(library["num_threads"] for library in blas.info())
-        return result
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **options: Any) -> Any:
+            threads = {library["num_threads"] for library in blas.info()}
+            assert len(threads) == 1
+            seen.extend(threads)
+            return function(*args, **options)
 
-    matmul, numpy_eigh = np.matmul, np.linalg.eigh
+        return noted
+
+    named = products._blas
     monkeypatch.setattr(products, "SMALLEST_DOUBLE", 1)
     monkeypatch.setattr(products, "_openblas", lambda: blas)
-    monkeypatch.setattr(np, "matmul", lambda *a, **k: noted(matmul(*a, **k)))
-    monkeypatch.setattr(np.linalg, "eigh", lambda x: noted(numpy_eigh(x)))
+    monkeypatch.setattr(products, "_blas", lambda name, x: noting(named(name, x)))
+    monkeypatch.setattr(scipy.linalg, "eigh", noting(scipy.linalg.eigh))
     return seen
 
 
-@pytest.mark.parametrize("strided", [False, True])
-def test_numpy_multiplies_in_float64(by_numpy: list[int], strided: bool) -> None:
-    x, y = normal(37, 130, seed=1).double(), normal(130, 61, seed=2).double()
-    whole = torch.full((37, 90), 7.0, dtype=torch.float64)
-    out = whole[:, 4:65]
-    if strided:
-        x, y = normal(130, 37, seed=1).double().T, normal(61, 130, seed=2).double().T
-    expected = x @ y
-    torch.testing.assert_close(multiply(x, y), expected, rtol=1e-13, atol=1e-12)
-    assert multiply(x, y, out=out) is out
-    torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-12)
-    assert (whole[:, :4] == 7).all() and (whole[:, 65:] == 7).all()
-    assert len(by_numpy) == 2
+LAYOUTS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x,
+    lambda x: x.T.contiguous().T,
+    lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    lambda x: x.repeat_interleave(2, dim=0)[::2],
+]
 
 
-def test_numpy_solves_a_float64_eigenproblem(by_numpy: list[int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize("right", LAYOUTS)
+def test_scipy_multiplies(
+    by_scipy: list[int],
+    left: Callable[[Tensor], Tensor],
+    right: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+) -> None:
+    x, y = normal(37, 130, seed=1).to(dtype), normal(130, 61, seed=2).to(dtype)
+    found = multiply(left(x), right(y))
+    assert found.dtype == dtype
+    bound = 1e-12 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(found.double(), x.double() @ y.double(), rtol=0, atol=bound)
+    assert len(by_scipy) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(37, 130), (130, 37), (1, 1), (9, 600)])
+def test_times_the_lower_half(
+    by_scipy: list[int], layout: Callable[[Tensor], Tensor], shape: tuple[int, int]
+) -> None:
+    x, other = normal(*shape).double(), normal(shape[1], shape[1], seed=3).double()
+    h = layout(other + other.T)
+    given = h.clone(), x.clone()
+    whole, bound = x @ h @ x.T, 1e-14 * shape[0] * shape[1] ** 2
+    by_blas = times_lower(layout(x), h)
+    expected = x @ (h.tril(-1) + torch.diag(h.diagonal() / 2))
+    torch.testing.assert_close(by_blas, expected, rtol=0, atol=1e-11)
+    assert len(by_scipy) == 1
+    products.SMALLEST_DOUBLE = x.numel() * shape[1] + 1  # restored by the fixture
+    in_blocks = times_lower(layout(x), h)
+    assert len(by_scipy) == 1
+    for half in (by_blas, in_blocks):
+        torch.testing.assert_close(half @ x.T + x @ half.T, whole, rtol=0, atol=bound)
+    assert torch.equal(h, given[0])
+    assert torch.equal(x, given[1])
+
+
+def test_scipy_solves_a_float64_eigenproblem(by_scipy: list[int]) -> None:
     x = normal(40, 40).double()
     matrix = x @ x.T
     values, vectors = eigh(matrix)
-    assert len(by_numpy) == 1
+    assert len(by_scipy) == 1
     torch.testing.assert_close(values, torch.linalg.eigvalsh(matrix), rtol=1e-12, atol=1e-11)
     torch.testing.assert_close(vectors @ (values[:, None] * vectors.T), matrix)
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(40, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_numpy_has_as_many_threads_as_torch(by_numpy: list[int], threads: int) -> None:
+def test_scipy_has_as_many_threads_as_torch(by_scipy: list[int], threads: int) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         multiply(normal(9, 16).double(), normal(16, 7).double())
     finally:
         torch.set_num_threads(before)
-    assert by_numpy == [threads]
+    assert by_scipy == [threads]
 
 
-def test_numpy_is_left_alone_for_other_products(by_numpy: list[int]) -> None:
+def test_scipy_is_left_alone_for_other_products(by_scipy: list[int]) -> None:
     x, y = normal(9, 16), normal(16, 7)
-    assert torch.equal(multiply(x, y), x @ y)  # float32
+    assert torch.equal(multiply(x.bfloat16(), y.bfloat16()), x.bfloat16() @ y.bfloat16())
+    grown = x.clone().requires_grad_(True)
+    assert multiply(grown, y).requires_grad
     products.SMALLEST_DOUBLE = 9 * 16 * 7 + 1  # restored by the fixture
     assert torch.equal(multiply(x.double(), y.double()), x.double() @ y.double())
-    assert not by_numpy
+    assert not by_scipy
 
 
 def test_intels_own_processors_stay_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
