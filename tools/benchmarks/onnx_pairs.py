@@ -42,7 +42,9 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj")
 SHARED = (QKV, ("self_attn.o_proj",), MLP, ("mlp.down_proj",))
 BLOCKS = {"fp32": 32, "int8": 32, "int4": 32, "int2": 128}
-"""Block of each precision where none is asked for; ranks are multiples of it."""
+"""Block of each precision where none is asked for."""
+MULTIPLES = {"fp32": 32, "int8": 128, "int4": 128, "int2": 512}
+"""Inputs that MatMulNBits takes at once with AVX-512; ranks are multiples of it."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument(
         "--precisions", default="fp32,int8,int4,int2", help="int8:128 for int8 in blocks of 128"
     )
+    parser.add_argument("--multiple", type=int, help="of ranks, else what suits the precision")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--prefill", default="128,512")
@@ -168,7 +171,8 @@ def main() -> None:
         for label in args.precisions.split(","):
             precision, _, asked = label.partition(":")
             block = int(asked or BLOCKS[precision])
-            pairs = write(work / f"pairs-{block}", shape, args.kept, block)
+            multiple = args.multiple or MULTIPLES[precision]
+            pairs = write(work / f"pairs-{multiple}", shape, args.kept, multiple)
             spec = OnnxExport.model_validate({"precision": precision, "block_size": block})
             reports[label] = _one(args, label, spec, {"dense": dense, "pairs": pairs}, work)
     if args.json:
