@@ -189,8 +189,8 @@ def _one(
     source = folders["dense"].path
     runtimes: list[Runtime] = []
     sizes = []
-    for name, checkpoint in folders.items():
-        out = work / f"{name}-{label.replace(':', '-')}"
+    for checkpoint in folders.values():
+        out = work / f"{checkpoint.path.name}-{label.replace(':', '-')}"
         if not out.exists():
             export(ExportRequest(checkpoint, source, None, out, work, spec))
         sizes.append(linear_bytes(out))
