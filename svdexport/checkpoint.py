@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -60,9 +60,11 @@ class Checkpoint:
         path: the folder.
         config: its config.json.
         low_rank: compressed linears by module name; empty for a dense folder.
-        files: tensor name -> safetensors file that holds it.
+        files: tensor name -> safetensors file that holds it. A folder's tensors have the names of
+            the model's parameters, with or without the base model's prefix in the file.
         remapped: of a remapped checkpoint, (m, n) of each compressed linear; its factors are made
             from the slots when they are asked for.
+        stored: tensor name -> its name in the file, where that is another.
     """
 
     path: Path
@@ -70,6 +72,7 @@ class Checkpoint:
     low_rank: dict[str, PairSpec]
     files: dict[str, Path]
     remapped: dict[str, tuple[int, int]] = field(default_factory=dict, kw_only=True)
+    stored: dict[str, str] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -82,7 +85,16 @@ class Checkpoint:
         except (ValueError, OSError) as error:
             raise InputError(f"{path}/config.json: cannot be read ({error})") from None
         pairs, files = _low_rank_of(path, config), _tensor_files(path)
-        return cls(path, config, pairs, files, remapped=_remapped_shapes(path, config, pairs))
+        renamed = {} if pairs else parameter_names(config, files)
+        files = {renamed.get(name, name): file for name, file in files.items()}
+        return cls(
+            path,
+            config,
+            pairs,
+            files,
+            remapped=_remapped_shapes(path, config, pairs),
+            stored={name: stored for stored, name in renamed.items()},
+        )
 
     def names(self) -> list[str]:
         """Tensors of the model: of a remapped checkpoint factors, not slots."""
@@ -109,7 +121,7 @@ class Checkpoint:
         if name not in self.files:
             raise InputError(f"{self.path}: tensor {name} is missing")
         with safe_open(self.files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(self.stored.get(name, name))
         return tensor
 
     def _restored(self, leader: str) -> dict[str, Tensor]:
@@ -138,6 +150,15 @@ class Checkpoint:
             groups.setdefault(spec.group, []).append(name)
         return groups
 
+    @property
+    def embedding(self) -> EmbeddingSpec | None:
+        """The low-rank token embedding, where there is one."""
+        section = self.config.get("quantization_config")
+        if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
+            return None
+        found = section.get("embedding")
+        return None if found is None else EmbeddingSpec(**found)
+
     def iter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.names():
             yield name, self.tensor(name)
@@ -155,6 +176,36 @@ def module_name(tensor: str) -> str:
     if name != tensor:
         name = re.sub(r"(\.experts\.\d+)\.(w[123])\.", lambda m: f"{m[1]}.{_ROLES[m[2]]}.", name)
     return name
+
+
+def parameter_names(config: Mapping[str, Any], tensors: Collection[str]) -> dict[str, str]:
+    """Tensor -> the parameter that transformers loads it into, for those named otherwise.
+
+    Some folders, as the Hub's GPT-2 and Qwen3-Embedding, leave out the base model's prefix
+    (``h.0.attn.c_attn.weight`` for ``transformer.h.0.attn.c_attn.weight``), and an encoder's may
+    have one that the encoder alone does not know. Empty where transformers has no such model.
+    """
+    import torch
+    import transformers
+
+    try:
+        made = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+        prefix = f"{getattr(made, 'base_model_prefix', '')}."
+        prefixed = any(name.startswith(prefix) for name in tensors)
+        if made is None or prefix == "." or prefixed != is_encoder(config):
+            return {}
+        with torch.device("meta"):
+            model = made(made.config_class.from_dict(dict(config)))
+    except Exception:  # whatever a model's code raises; loading it says what is wrong
+        return {}
+    modules = {name for name, _ in model.named_modules()}
+    found: dict[str, str] = {}
+    for name in tensors:
+        for known in (name, name.removeprefix(prefix) if prefixed else prefix + name):
+            # of an expert its mixture, which may be a stack without modules of their own
+            if re.sub(r"\.experts\..*|\.[^.]*$", "", module_name(known), count=1) in modules:
+                found.setdefault(name, known)
+    return {name: known for name, known in found.items() if name != known}
 
 
 def experts_apart(low_rank: Iterable[str]) -> bool:

@@ -23,6 +23,15 @@ _NO_SPACE_TEXT = (
     *("requested and", "iostream error", "unexpected pos"),
 )
 _NO_MEMORY_TEXT = ("not enough memory", "cannot allocate memory", "bad_alloc", "out of memory")
+_GOES_ON = ": it goes on from the last finished stage"
+
+
+def stamp(path: Path | None) -> list[tuple[str, int, int]]:
+    """Name, size and time of a file, or of all in a folder: cheap, and a change is noticed."""
+    if path is None:
+        return []
+    files = sorted(p for p in (path, *path.rglob("*")) if p.is_file())
+    return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -50,26 +59,35 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def resource_errors(what: str) -> Iterator[None]:
-    """Turn a full disk or exhausted memory into a ResourceError that says where it happened."""
+def resource_errors(what: str, *, resumes: bool = True) -> Iterator[None]:
+    """Turn a full disk or exhausted memory into a ResourceError that says where it happened.
+
+    ``resumes``: whether the same command goes on from its last finished stage.
+    """
     try:
         yield
     except SvdexportError:
         raise
-    except MemoryError:
-        raise ResourceError(_no_memory(what)) from None
     except Exception as error:
         text = str(error).lower()
         code = error.errno if isinstance(error, OSError) else None
         if code in NO_SPACE or any(part in text for part in _NO_SPACE_TEXT):
             place = getattr(error, "filename", None) or what
+            again = "free some space and run the same command again"
             raise ResourceError(
-                f"{place}: the disk is full; free some space and run the same command again: "
-                f"it goes on from the last finished stage"
+                f"{place}: the disk is full; {again}{_GOES_ON if resumes else ''}"
             ) from error
-        if code == errno.ENOMEM or any(part in text for part in _NO_MEMORY_TEXT):
-            raise ResourceError(_no_memory(what)) from error
+        if is_out_of_memory(error):
+            raise ResourceError(_no_memory(what, resumes)) from error
         raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception, perhaps a native library's own, says that memory ran out."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    text = str(error).lower()
+    return any(part in text for part in _NO_MEMORY_TEXT)
 
 
 def sha256_file(path: Path) -> str:
@@ -81,11 +99,10 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _no_memory(what: str) -> str:
-    return (
-        f"{what}: out of memory; lower calibration.batch or calibration.length, or close other "
-        f"programs, and run the same command again: it goes on from the last finished stage"
-    )
+def _no_memory(what: str, resumes: bool) -> str:
+    lower = "lower calibration.batch or calibration.length, or " if resumes else ""
+    again = f"{lower}close other programs, and run the same command again"
+    return f"{what}: out of memory; {again}{_GOES_ON if resumes else ''}"
 
 
 def all_files(paths: Iterable[Path]) -> Iterator[Path]:

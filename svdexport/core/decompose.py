@@ -10,7 +10,7 @@ H where the outputs are fewer, none of G where the inputs are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,20 +80,43 @@ def decompose(
         weights: W_i of shape (m_i, n).
         input_moment: H (n, n), or None for the identity.
         output_moments: G_i (m_i, m_i), or None for the identity; damped by ``output_damping`` of
-            their mean eigenvalue, since few gradients leave directions that seem free.
+            their mean eigenvalue, since few gradients leave directions that seem free. Where all
+            are zero the factors are those of the identity, and the energies are zero: nothing
+            that is dropped costs loss.
         max_rank: factors are kept up to this rank; energies always in full.
     """
     m, n = sum(len(w) for w in weights), weights[0].shape[1]
     limit = min(m, n, max_rank or min(m, n))
-    if n <= m:
-        return _by_inputs(weights, input_moment, output_moments, output_damping, limit)
-    return _by_outputs(weights, input_moment, output_moments, output_damping, limit)
+    one_sided = _by_inputs if n <= m else _by_outputs
+    found = one_sided(weights, input_moment, output_moments, output_damping, limit)
+    if output_moments is not None and without_signal(output_moments):
+        return replace(found, energies=torch.zeros_like(found.energies))
+    return found
 
 
-def damping_of(moment: Tensor, damping: float) -> float:
-    """What to add to the diagonal: ``damping`` of the mean eigenvalue, 1 for a zero moment."""
-    mean = float(moment.diagonal().mean())
-    return damping * mean if mean > 0.0 else 1.0
+def without_signal(moments: Sequence[Tensor]) -> bool:
+    """Whether all the second moments are zero."""
+    return all(float(moment.diagonal().mean()) <= 0.0 for moment in moments)
+
+
+def damped(moments: Sequence[Tensor], damping: float) -> Iterator[Tensor]:
+    """The output gradients' moments G_i (m_i, m_i) of a group as they weight its error, float64.
+
+    To each ``damping`` of its mean eigenvalue is added. A zero one gets that share of the others'
+    average, so that it does not outweigh them; where all are zero each is the identity.
+    """
+    for moment, add in zip(moments, _added(moments, damping), strict=True):
+        yield _plus_diagonal(moment.double(), add)
+
+
+def _added(moments: Sequence[Tensor], damping: float) -> list[float]:
+    """What :func:`damped` adds to each diagonal."""
+    means = [float(moment.diagonal().mean()) for moment in moments]
+    live = [mean for mean in means if not mean <= 0.0]  # NaN too: it must not pass for zero
+    if not live:
+        return [1.0] * len(means)
+    instead = max(damping, INPUT_DAMPING) * sum(live) / len(live)
+    return [instead if mean <= 0.0 else damping * mean for mean in means]
 
 
 def _plus_diagonal(matrix: Tensor, value: float) -> Tensor:
@@ -137,8 +160,8 @@ def _gram(
             add_upper(square, rows.double())
         mirror(square)
         return square
-    for weight, moment in zip(weights, moments, strict=True):
-        full, add = weight.double(), damping_of(moment, output_damping)
+    for weight, moment, add in zip(weights, moments, _added(moments, output_damping), strict=True):
+        full = weight.double()
         for rows, metric in zip(torch.split(full, ROWS), torch.split(moment, ROWS), strict=True):
             square += multiply(rows.T, multiply(metric.double(), full) + add * rows)
     return square
@@ -161,10 +184,7 @@ def _by_outputs(
     square = gram(weight.T) if input_moment is None else quadratic(weight, input_moment.double())
     root = None
     if output_moments is not None:
-        roots = [
-            damped_cholesky(_plus_diagonal(g.double(), damping_of(g, output_damping)), 0.0)[0]
-            for g in output_moments
-        ]
+        roots = [damped_cholesky(g, 0.0)[0] for g in damped(output_moments, output_damping)]
         root = torch.block_diag(*roots)  # type: ignore[no-untyped-call]
         square = multiply(multiply(root.T, square), root)
     energies, u = eigen_descending(square, limit)

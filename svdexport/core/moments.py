@@ -158,11 +158,12 @@ class MeanAbs:
 
 
 class FirstRows:
-    """The first ``count`` rows, as they come."""
+    """The first ``count`` rows, as they come; ``sample`` is that of the rows that come next."""
 
     def __init__(self, count: int, width: int) -> None:
-        self.width = width
+        self.width, self.sample = width, 0
         self.count, self.parts, self.rows = count, list[Tensor](), 0
+        self._samples: list[int] = []  # of each row
 
     def add(self, x: Tensor) -> None:
         """Add rows: x of shape (..., n); beyond ``count`` they are passed over."""
@@ -170,21 +171,28 @@ class FirstRows:
         if len(rows):
             self.parts.append(rows.to(torch.float32, copy=True))
             self.rows += len(rows)
+            self._samples += [self.sample] * len(rows)
 
     def take(self, parts: Sequence[Tensor]) -> None:
         """Hold the first of these rows instead of its own."""
-        self.parts, self.rows = [], 0
+        self.parts, self.rows, self._samples = [], 0, []
         for part in parts:
             self.add(part)
 
     def share(self, ranks: Ranks) -> None:
-        """Rank 0's rows, on all processes."""
+        """The first of all processes' rows in the order of the samples, on all of them."""
         if ranks.size == 1:
             return
-        count = int(ranks.broadcast(torch.tensor(self.rows)))
-        own = torch.cat(self.parts) if self.parts else torch.zeros(0)
-        rows = own if ranks.rank == 0 else torch.zeros(count, self.width)
-        self.parts, self.rows = [ranks.broadcast(rows.float().contiguous())], count
+        found = torch.zeros(ranks.size, self.count, dtype=torch.int64)  # sample + 1, 0: no row
+        found[ranks.rank, : self.rows] = torch.tensor(self._samples, dtype=torch.int64) + 1
+        samples = ranks.sum(found).flatten()
+        empty = int((samples == 0).sum())
+        order = samples.argsort(stable=True)[empty:][: self.count]
+        rows = torch.zeros(len(order), self.width)
+        mine = order // self.count == ranks.rank
+        if self.parts:
+            rows[mine] = self.value()[order[mine] % self.count]
+        self.parts, self.rows = [ranks.sum(rows)], len(order)
 
     def value(self) -> Tensor:
         """The rows, (rows, n)."""
@@ -216,7 +224,8 @@ class MeanCosine:
 class Fisher:
     """Empirical Fisher information of a weight: sum over samples of (dL/dW)^2, (m, n), float64.
 
-    A sample is one calibration sequence; its gradient is the sum over its tokens of g x^T.
+    A sample is one calibration sequence, or what of a batch goes to one expert; its gradient is the
+    sum over its tokens of g x^T.
     """
 
     def __init__(self, out_features: int, in_features: int) -> None:

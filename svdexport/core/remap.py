@@ -20,9 +20,14 @@ def slots_per_rank(out_features: int, in_features: int) -> int:
     return max(out_features, in_features)
 
 
+def bytes_per_rank(out_features: int, in_features: int) -> int:
+    """Bytes of one component with its two scales."""
+    return 2 * (slots_per_rank(out_features, in_features) + SCALE_SLOTS)
+
+
 def rank_in(size: int, out_features: int, in_features: int) -> int:
     """The largest rank whose slots and scales take at most ``size`` bytes; 0 where none does."""
-    each = 2 * (slots_per_rank(out_features, in_features) + SCALE_SLOTS)
+    each = bytes_per_rank(out_features, in_features)
     return min(size // each, out_features, in_features)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from svdexport.core.alternate import pair_loss
-from svdexport.core.decompose import decompose
+from svdexport.core.decompose import damped, decompose
 from svdexport.core.lowrank import FactorPair
 
 
@@ -53,7 +53,7 @@ def fit_residual(
     Args:
         weight: the members of a group stacked along m; they share A.
         inputs: H (n, n). gradients: G_i (m_i, m_i) of the members, or None for the identity; damped
-            by ``output_damping`` of their mean eigenvalue.
+            by ``output_damping`` (:func:`svdexport.core.decompose.damped`).
         rank: k, from 1 to min(m, n).
         quantize: (m, n) -> the values that the grid gives back for it; called once a round.
         start: a pair whose product the first base leaves out (that of W itself takes the large
@@ -67,9 +67,9 @@ def fit_residual(
     if rounds < 1 or not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} and {rounds} rounds for a matrix {tuple(weight.shape)}")
     w, metric = weight.double(), inputs.double()
-    damped = None if gradients is None else [_damped(g, output_damping) for g in gradients]
+    outputs = None if gradients is None else list(damped(gradients, output_damping))
     zero = torch.zeros_like(w[:, :1]), torch.zeros_like(w[:1])
-    total = pair_loss(w, zero[1], zero[0], metric, damped)
+    total = pair_loss(w, zero[1], zero[0], metric, outputs)
     pair, kept, losses = start, None, []
     for _ in range(rounds):
         rest = w if pair is None else w - pair.dense().double()
@@ -81,16 +81,9 @@ def fit_residual(
             parts, metric, gradients, max_rank=rank, output_damping=output_damping
         ).pair(rank)
         pair = found if round_pair is None else round_pair(found)
-        loss = pair_loss(error, pair.a.double(), pair.b.double(), metric, damped)
+        loss = pair_loss(error, pair.a.double(), pair.b.double(), metric, outputs)
         losses.append(loss / total if total > 0 else 0.0)
         if kept is None or losses[-1] < losses[kept[2]]:
             kept = base, pair, len(losses) - 1
     assert kept is not None
     return Residual(*kept[:2], tuple(losses), kept[2])
-
-
-def _damped(moment: Tensor, damping: float) -> Tensor:
-    damped = moment.double().clone()
-    mean = float(damped.diagonal().mean())
-    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    return damped

@@ -47,7 +47,8 @@ class BlockMoments:
         inputs: H; linears that share an input share it. gradients: G.
         sampled_gradients: G of the loss for tokens drawn from the model's own prediction.
         mean_abs: mean of |x| (n,), shared as H is.
-        fisher: sum over samples of the squared gradient of the weight, (m, n).
+        fisher: sum over samples of the squared gradient of the weight, (m, n); a sample is one
+            sequence, and for an expert the tokens of a batch that are routed to it.
         rows: the first rows of the inputs, (keep_rows, n), shared as H is.
         similarity: mean cosine between the block's input and its output.
         few: tokens of the experts' linears that got too few for moments of their own.
@@ -183,6 +184,7 @@ class _Sweep:
                     s.enter_context(watch)
                 for part in self.slices:
                     hidden = self.hidden(0, part)
+                    watch.begin(part, hidden)
                     out = self.run(block, hidden, part, index)
                     watch.compare(hidden, out)
                     self.store.put(0, part, out)
@@ -243,6 +245,7 @@ class _Sweep:
         ):
             for part in self.slices:
                 hidden = self.hidden(index, part).requires_grad_(True)
+                watch.begin(part, hidden)
                 out = self.run(block, hidden, part, index)
                 watch.compare(hidden.detach(), out.detach())
                 for number, kind in enumerate(watch.labels):
@@ -272,6 +275,7 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
         sampled = "sampled_gradients" in statistics
         self.labels: tuple[Labels, ...] = ("text", "sampled") if sampled else ("text",)
         self.given: Labels = "text"  # whose gradient passes now
+        self.samples = torch.Size()  # samples and tokens of the batch that passes now
         self.found = found = Collected()
         for group in self.groups:
             names, width = [m.name for m in group.members], group.members[0].in_features
@@ -326,7 +330,7 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
                 if moment is not None:
                     moment.add(gradient)
                 if fisher is not None and self.given == "text":
-                    fisher.add(args[0], gradient)
+                    fisher.add(*(_by_sample(rows, self.samples) for rows in (args[0], gradient)))
 
             out.register_hook(add)  # type: ignore[no-untyped-call]
 
@@ -335,6 +339,12 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
 
     def __exit__(self, *exc: object) -> None:
         self.stack.close()
+
+    def begin(self, part: slice, hidden: Tensor) -> None:
+        """Note which samples pass now; ``hidden`` is the block's input (samples, tokens, n)."""
+        self.samples = hidden.shape[:2]
+        for rows in self.found.rows.values():
+            rows.sample = part.start
 
     def compare(self, hidden: Tensor, out: Tensor) -> None:
         """Note how alike the block's input and output are."""
@@ -361,3 +371,13 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
             self.cosine.value() if "similarity" in self.statistics else None,
             few,
         )
+
+
+def _by_sample(rows: Tensor, samples: torch.Size) -> Tensor:
+    """(samples, tokens, width) of what a linear is given, where a block flattens the first two.
+
+    Rows that are only some of the batch's tokens (an expert's) count as one sample.
+    """
+    if rows.dim() != 2:
+        return rows
+    return rows.reshape(*samples, -1) if len(rows) == samples.numel() else rows[None]

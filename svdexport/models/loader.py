@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from svdexport.errors import InputError, MissingExtraError
+from svdexport.files import is_out_of_memory, stamp, write_atomic
 from svdexport.models.blocks import Structure, discover
 from svdexport.models.experts import separate_experts
 from svdexport.recipe import Model
@@ -52,16 +54,20 @@ class Source:
 def open_source(model: Model, work: Path) -> Source:
     """Check the model's files before any library reads them. Raises InputError.
 
-    A GGUF is dequantised to float32 into ``work/source`` (made once).
+    A GGUF is dequantised to float32 into ``work/source``, anew where the file has changed.
     """
     if model.path is not None:
         check_model_folder(model.path, model.trust_remote_code)
         return Source(model.path, None, model.trust_remote_code)
     assert model.gguf is not None
     check_gguf(model.gguf)
-    folder = work / "source"
-    if not (folder / "config.json").exists():
+    folder, record = work / "source", work / "source.json"
+    mark = json.dumps(stamp(model.gguf))
+    known = record.is_file() and record.read_text(encoding="utf-8") == mark
+    if not known or not (folder / "config.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
         convert_gguf(model.gguf, folder)
+        write_atomic(record, mark)
     return Source(folder, model.gguf)
 
 
@@ -170,6 +176,8 @@ def load_model(folder: Path, trust_remote_code: bool = False) -> Any:
                 use_safetensors=True,
             )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{folder}: transformers cannot load this model ({reason})") from None
     separate_experts(model)

@@ -80,6 +80,11 @@ class LowRankEmbedding(nn.Module):
         self.lr_b = nn.Linear(rank, width, bias=False)
 
     @property
+    def read(self) -> tuple[nn.Linear, ...]:
+        """Modules whose weights the forward pass reads without calling them."""
+        return (self.lr_a,)
+
+    @property
     def weight(self) -> Tensor:
         """The table (tokens, width), for code that asks for its dtype, device or values."""
         return (self.lr_b.weight @ self.lr_a.weight).T
@@ -96,6 +101,11 @@ class LowRankHead(nn.Module):
         super().__init__()
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self._embedding = [embedding]  # in a list: not a submodule twice
+
+    @property
+    def read(self) -> tuple[nn.Linear, ...]:
+        """Modules whose weights the forward pass reads without calling them."""
+        return self._embedding[0].lr_a, self._embedding[0].lr_b
 
     @property
     def weight(self) -> Tensor:

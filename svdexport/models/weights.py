@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from svdexport.checkpoint import Checkpoint, module_name
 from svdexport.errors import InputError
 from svdexport.models.experts import separate_experts
-from svdexport.models.modules import linear_weight, replace_linears
+from svdexport.models.modules import (
+    LowRankEmbedding,
+    LowRankHead,
+    linear_weight,
+    replace_embedding,
+    replace_linears,
+)
 from svdexport.runtimes.torch_rt import auto_class, quiet_transformers
 from svdexport.safety import check_safetensors
 
@@ -92,12 +98,21 @@ class StreamedWeights(Weights):
                 self.model.get_submodule(name.rpartition(".")[0]).register_buffer(
                     name.rpartition(".")[2], self._checkpoint.tensor(name)
                 )
-        self._outside = {
-            name: module
-            for name, module in self.model.named_modules()
-            if any(True for _ in module.parameters(recurse=False))
-            and not any(name == path or name.startswith(path + ".") for path in blocks)
-        }
+        self._outside = [
+            (module, name, part)
+            for module, name, part in self._needs()
+            if not any(name == path or name.startswith(path + ".") for path in blocks)
+        ]
+
+    def _needs(self) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        """(module, name, part): a call of the module needs the weights of the part of that name."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        for name, module in self.model.named_modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                yield module, name, module
+            if isinstance(module, LowRankEmbedding | LowRankHead):
+                for part in module.read:
+                    yield module, names[id(part)], part
 
     @contextlib.contextmanager
     def block(self, path: str) -> Iterator[nn.Module]:
@@ -118,9 +133,9 @@ class StreamedWeights(Weights):
                     called.add(name)
                     stack.enter_context(self._filled(name, module))
 
-            for name, module in self._outside.items():
+            for module, name, part in self._outside:
                 hook = module.register_forward_pre_hook(
-                    lambda module, _inputs, name=name: fill(name, module)
+                    lambda _module, _inputs, name=name, part=part: fill(name, part)
                 )
                 stack.callback(hook.remove)
             yield self.model
@@ -128,16 +143,17 @@ class StreamedWeights(Weights):
     @contextlib.contextmanager
     def on_call(self) -> Iterator[nn.Module]:
         with contextlib.ExitStack() as stack:
-            for name, module in self.model.named_modules():
-                if any(True for _ in module.parameters(recurse=False)):
-                    self._fill_on_call(name, module, stack)
+            for module, name, part in self._needs():
+                self._fill_on_call(module, name, part, stack)
             yield self.model
 
-    def _fill_on_call(self, name: str, module: nn.Module, hooks: contextlib.ExitStack) -> None:
+    def _fill_on_call(
+        self, module: nn.Module, name: str, part: nn.Module, hooks: contextlib.ExitStack
+    ) -> None:
         filled: list[contextlib.AbstractContextManager[nn.Module]] = []
 
         def before(_module: nn.Module, _inputs: object) -> None:
-            filled.append(self._filled(name, module))
+            filled.append(self._filled(name, part))
             filled[-1].__enter__()
 
         def after(_module: nn.Module, _inputs: object, _output: object) -> None:
@@ -190,7 +206,10 @@ def _empty_model(folder: Path, trust_remote_code: bool) -> nn.Module:
         model: nn.Module = auto_class(folder).from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-        replace_linears(model, Checkpoint.open(folder).low_rank)
+        checkpoint = Checkpoint.open(folder)
+        replace_linears(model, checkpoint.low_rank)
+        if checkpoint.embedding is not None:
+            replace_embedding(model, checkpoint.embedding)
         separate_experts(model)
     return model.eval()
 

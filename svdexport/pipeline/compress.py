@@ -69,6 +69,7 @@ def allocate_ranks(
         candidates.append(
             dataclasses.replace(
                 candidate(group, recipe.remapped),
+                kind=_place(group, structure),
                 energies=found[f"{group.leader}.energies"].numpy(),
                 similarity=None if similarity is None else float(similarity),
                 **more.get(group.leader, {}),
@@ -135,9 +136,14 @@ def all_dense(recipe: Recipe, structure: Structure) -> list[GroupPlan]:
 def candidate(group: InputGroup, remapped: bool = False) -> Candidate:
     """The group as an allocation strategy sees it, without energies."""
     rows = sum(member.out_features for member in group.members)
-    kind = "+".join(member.name.rpartition(".")[2] for member in group.members)
     columns = group.members[0].in_features
-    return Candidate(group.leader, rows, columns, kind=kind, block=group.block, remapped=remapped)
+    return Candidate(group.leader, rows, columns, block=group.block, remapped=remapped)
+
+
+def _place(group: InputGroup, structure: Structure) -> str:
+    """Its linears' paths within the block, the same in every block; one for all experts."""
+    block = structure.blocks[group.block] + "."
+    return "+".join((member.stack or member.name).removeprefix(block) for member in group.members)
 
 
 def _plan(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from svdexport.core.alternate import alternate
+from svdexport.core.decompose import damped, without_signal
 from svdexport.recipe.refiners import Als
 from svdexport.refine.base import Moments, Refined, RefineData, Refiner
 from svdexport.refine.pairs import first, pair_tensors, second, set_pair
@@ -38,21 +39,17 @@ def _refine_group(
 ) -> tuple[float, ...]:
     module, members = data.student.module, data.groups[leader]
     inputs = moments.inputs[leader].matrix
-    gradients = None
+    gradients, counts = None, True
     if moments.gradients:
-        gradients = [_damped(moments.gradients[name].matrix, config.damping) for name in members]
+        own = [moments.gradients[name].matrix for name in members]
+        counts = not without_signal(own)
+        gradients = list(damped(own, config.damping))
     b = torch.cat([second(module, name).detach().cpu().double() for name in members])
     a = first(module, leader).detach().cpu().double()
     weight = torch.cat([w.cpu().double() for w in weights])
     found = alternate(weight, a, b, inputs, gradients, iterations=config.iterations)
     set_pair(module, leader, members, found.a, found.b)
-    return found.losses
-
-
-def _damped(moment: Tensor, damping: float) -> Tensor:
-    mean = float(moment.diagonal().mean())
-    scale = damping * mean if mean > 0.0 else 1.0
-    return moment + scale * torch.eye(moment.shape[0], dtype=moment.dtype)
+    return found.losses if counts else (0.0,)  # without a signal the metric has no scale
 
 
 REFINER = Refiner(

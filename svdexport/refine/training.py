@@ -26,6 +26,7 @@ from svdexport.refine.base import Progress
 SAVE_SECONDS = 240.0
 CHECKS = 12  # of the held-out text in a whole training
 BETAS = (0.9, 0.99)  # a second moment over 100 steps: trainings here are hundreds of steps long
+STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of a parameter that has had a gradient
 CLIP = 1.0  # norm of the whole gradient
 STEPS_DONE, TIME_LIMIT = "all steps done", "the time limit ended it"
 NO_GAIN = "the held-out loss no longer fell"
@@ -183,10 +184,9 @@ class _Run:
         """Write everything that the next step depends on, whole or not at all."""
         tensors = {f"best.{name}": value for name, value in self.best.items()}
         for name, parameter in self.task.parameters.items():
-            moments = self.optimizer.state[parameter]
             tensors[f"now.{name}"] = parameter.detach()
-            tensors[f"first.{name}"] = moments["exp_avg"]
-            tensors[f"second.{name}"] = moments["exp_avg_sq"]
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}.{name}"] = value
         flat = {name: value.cpu().contiguous() for name, value in tensors.items()}
         said = {"identity": self.task.identity, "course": json.dumps(asdict(course))}
         with atomic_file(self.task.state) as temporary:
@@ -205,9 +205,8 @@ class _Run:
             for name, parameter in self.task.parameters.items():
                 self.best[name] = file.get_tensor(f"best.{name}")
                 parameter.copy_(file.get_tensor(f"now.{name}"))
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(course.steps), device=parameter.device),
-                    "exp_avg": file.get_tensor(f"first.{name}").to(parameter.device),
-                    "exp_avg_sq": file.get_tensor(f"second.{name}").to(parameter.device),
-                }
+                if f"step.{name}" in file.keys():  # noqa: SIM118  # absent without a gradient
+                    self.optimizer.state[parameter] = {
+                        key: file.get_tensor(f"{key}.{name}").to(parameter.device) for key in STATE
+                    }
         return course

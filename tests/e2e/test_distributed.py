@@ -61,15 +61,22 @@ def factors(place: Path, out: str) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("labels", ["text", "both"])
-def test_two_processes_give_the_factors_of_one(place: Path, labels: str) -> None:
-    outputs, how = [], f"compress.settings.labels={labels}"
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("compress.settings.labels=text",),
+        ("compress.settings.labels=both",),
+        ("compress.method=dobi_svd", "compress.settings.rows=100"),  # of three batches
+    ],
+)
+def test_two_processes_give_the_factors_of_one(place: Path, how: tuple[str, ...]) -> None:
+    outputs = []
     for out in ("two", "again"):
-        process = torchrun(place, out, "--set", how)
+        process = torchrun(place, out, *(x for key in how for x in ("--set", key)))
         outputs.append(process.communicate(timeout=240))
         assert process.returncode == 0, outputs[-1][1]
     assert outputs[0][0].strip().endswith("checkpoint")
-    api.compress(place / "r.yaml", place / "one", [how])
+    api.compress(place / "r.yaml", place / "one", how)
     assert len(factors(place, "one")) == 2
     for one, two, again in zip(
         factors(place, "one"), factors(place, "two"), factors(place, "again"), strict=True

@@ -16,6 +16,7 @@ from svdexport.core.lowrank import FactorPair
 from svdexport.errors import InputError, RecipeError
 from svdexport.factorize import METHODS, GroupData
 from svdexport.models.loader import load_model
+from svdexport.models.weights import StreamedWeights
 from svdexport.recipe.settings import EmbAe
 from svdexport.safety.model_folder import check_model_folder
 from tests.e2e.test_methods import RECIPE
@@ -111,6 +112,12 @@ def test_the_checkpoint_loads_and_a_tied_head_uses_the_same_factors(
     with torch.no_grad():
         logits = load_model(folder)(tokens).logits
         assert torch.allclose(logits, expected(tokens).logits, atol=1e-4)
+        for weights in (StreamedWeights(folder, ()).on_call(), StreamedWeights(folder, ()).ends()):
+            with weights as model:
+                assert torch.equal(model(tokens).logits, logits)
+            assert all(parameter.is_meta for parameter in model.parameters())
+    (entry,) = api.plan(tmp_path / "recipe.yaml", OVERRIDES)["exports"]
+    assert entry["weight_bytes"] == sum(tensor.nbytes for _, tensor in found.iter_tensors())
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["embedding"]["rank"] = 3
     (folder / "config.json").write_text(json.dumps(config))
@@ -118,12 +125,15 @@ def test_the_checkpoint_loads_and_a_tied_head_uses_the_same_factors(
         check_model_folder(folder)
 
 
-def test_a_whole_run_exports_a_checkpoint_and_other_formats_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", ["auto", "always"])
+def test_a_whole_run_exports_a_checkpoint_and_other_formats_are_refused(
+    tmp_path: Path, stream: str
+) -> None:
     make_model(tmp_path / "model", "Llama", tie_word_embeddings=True)
     (tmp_path / "text.txt").write_text(WORDS * 60)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
-    outcome = api.run(recipe, tmp_path / "out", OVERRIDES)
+    outcome = api.run(recipe, tmp_path / "out", (*OVERRIDES, f"compress.stream={stream}"))
     assert outcome.out is not None
     assert [row.name for row in outcome.result.plan] == ["model.embed_tokens"]
     kept = next(a for a in outcome.result.artifacts if a.kept)

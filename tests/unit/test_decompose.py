@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svdexport.core import decompose as decompose_module
+from svdexport.core.decompose import damped as damped_moments
 from svdexport.core.decompose import (
     damped_cholesky,
     decompose,
@@ -91,6 +92,36 @@ def test_members_are_stacked_and_weighed_each_by_its_own_gradients() -> None:
     expected, _ = slow(stacked, h, g, 4)
     product = found.pair(4).dense().double()
     assert torch.allclose(product, expected, atol=2e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_output_gradients_nothing_costs_loss(shape: tuple[int, int]) -> None:
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    h = moment(shape[1], 200, 2)
+    found = decompose([weight], h, [torch.zeros(shape[0], shape[0], dtype=torch.float64)])
+    assert float(found.energies.abs().sum()) == 0.0
+    plain = decompose([weight], h).pair(5).dense()
+    assert torch.allclose(found.pair(5).dense(), plain, atol=1e-4 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("columns", [12, 20])
+@pytest.mark.parametrize("share", [0.1, 0.0])
+def test_a_member_without_output_gradients_does_not_lead_its_group(
+    columns: int, share: float
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(m, columns, generator=generator).double() for m in (10, 6)]
+    live, h = 1e-9 * moment(10, 100, 10), moment(columns, 100, 7)
+    dead = torch.zeros(6, 6, dtype=torch.float64)
+    found = decompose(weights, h, [live, dead], output_damping=share)
+    scale = max(share, 1e-6) * float(live.diagonal().mean())
+    g = torch.block_diag(damped(live, share), scale * torch.eye(6, dtype=torch.float64))
+    expected, sigma = slow(torch.cat(weights), h, g, 4)
+    product = found.pair(4).dense().double()
+    assert torch.allclose(product, expected, atol=1e-3 * float(expected.abs().max()))
+    assert float(found.energies.sum()) == pytest.approx(float((sigma**2).sum()), rel=1e-4)
+    added = list(damped_moments([live, dead], share))
+    assert torch.allclose(torch.block_diag(*added), g, rtol=1e-12, atol=0.0)
 
 
 def test_full_rank_gives_the_weight_back() -> None:

@@ -169,6 +169,36 @@ def test_a_killed_training_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert found.notes == expected.notes
 
 
+def test_parameters_with_late_gradients_or_none_resume_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+
+    def trained(folder: str, until: int) -> list[torch.Tensor]:
+        """Of a parameter with a gradient from the start, from step 3 on, and never."""
+        found = {name: torch.nn.Parameter(torch.ones(3)) for name in ("always", "late", "never")}
+
+        def step(number: int) -> float:
+            if number == until:
+                raise KeyboardInterrupt
+            for name in ("always", "late")[: 2 if number >= 3 else 1]:
+                found[name].grad = torch.tensor([1.0, -0.5, 0.1]) * (number + 1)
+            return 1.0
+
+        state = tmp_path / folder
+        task = Task(found, step, lambda: float(found["always"].detach().sum()), state, 1, "x")
+        train(task, Schedule(8, None, 0.1, 0.0, 100), "test", lambda *_: None)
+        return [value.detach() for value in found.values()]
+
+    expected = trained("whole", 8)
+    for until in (2, 5):
+        with pytest.raises(KeyboardInterrupt):
+            trained("stopped", until)
+    assert all(map(torch.equal, trained("stopped", 8), expected))
+    assert not torch.equal(expected[1], torch.ones(3))
+    assert torch.equal(expected[2], torch.ones(3))
+
+
 def test_a_state_of_another_section_is_not_taken_up(tmp_path: Path) -> None:
     refine = REFINERS["distill"].refine
     short = CONFIG.model_copy(update={"steps": 4})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 
 import svdexport  # noqa: F401 (registers the quantizer)
 from svdexport.checkpoint import Checkpoint, PairSpec
+from svdexport.core.moments import FirstRows
+from svdexport.core.ranks import Ranks
 from svdexport.errors import InputError
 from svdexport.export.checkpoint import assembled, compressed_config, write_checkpoint
 from svdexport.models import blocks as blocks_module
@@ -27,7 +31,7 @@ from svdexport.models.blocks import (
     run_block,
     select,
 )
-from svdexport.models.calibrate import calibrate
+from svdexport.models.calibrate import _by_sample, calibrate
 from svdexport.models.decoder import Decoder
 from svdexport.models.experts import separate_experts
 from svdexport.models.loader import both_rope_forms, load_model, structure_of
@@ -248,7 +252,15 @@ def test_moments_of_a_bfloat16_model_are_not_summed_in_bfloat16(
     assert rounded  # the model did multiply in bfloat16
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
+def opt() -> Any:
+    """Its feed-forward layers are given all samples' tokens as rows of one matrix."""
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    config = AutoConfig.for_model("opt", **(sizes | OTHERS["opt"]))
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, opt])
 def test_fisher_mean_abs_and_similarity_of_streaming_are_those_of_one_pass(
     make: Any, tmp_path: Path
 ) -> None:
@@ -258,7 +270,7 @@ def test_fisher_mean_abs_and_similarity_of_streaming_are_those_of_one_pass(
     for linear in structure.linears():
 
         def note(_m: Any, args: Any, _o: Any, name: str = linear.name) -> None:
-            rows = args[0].detach().flatten(0, 1)
+            rows = args[0].detach().reshape(-1, args[0].shape[-1])
             seen.setdefault(name, rows.abs().mean(dim=0))  # the first pass, of all samples
 
         model.get_submodule(linear.name).register_forward_hook(note)
@@ -284,6 +296,47 @@ def test_fisher_mean_abs_and_similarity_of_streaming_are_those_of_one_pass(
             assert torch.allclose(moments.mean_abs[name], seen[name], atol=1e-5)
         if moments.block == 0:
             assert moments.similarity == pytest.approx(float(cosine), abs=1e-5)
+
+
+def test_rows_of_some_tokens_are_one_sample() -> None:
+    batch = torch.arange(24.0).reshape(2, 4, 3)
+    assert torch.equal(_by_sample(batch.flatten(0, 1), batch.shape[:2]), batch)
+    assert _by_sample(batch, batch.shape[:2]) is batch
+    assert torch.equal(_by_sample(batch[1, :3], batch.shape[:2]), batch[1:, :3])
+
+
+class Threads(Ranks):
+    """Processes that are threads of this one."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, box: dict[int, Tensor]) -> None:
+        super().__init__(rank, barrier.parties)
+        self.barrier, self.box = barrier, box
+
+    def sum(self, values: Tensor) -> Tensor:
+        self.box[self.rank] = values.clone()
+        self.barrier.wait(60)
+        total = torch.stack([self.box[i] for i in range(self.size)]).sum(dim=0)
+        self.barrier.wait(60)
+        return values.copy_(total)
+
+
+@pytest.mark.parametrize("count", [5, 30, 100])
+def test_the_first_rows_of_several_processes_are_those_of_one(count: int) -> None:
+    batches = torch.randn(5, 2, 4, 3, generator=torch.Generator().manual_seed(1))
+    batches = [batch[: 2 - i % 2] for i, batch in enumerate(batches)]  # some calls have fewer rows
+    parts = [FirstRows(count, 3) for _ in range(4)]
+    for number, batch in enumerate(batches):
+        for one in (parts[number % 3], parts[3]):
+            one.sample = 2 * number
+            if number != 1:  # an expert that no token of the batch goes to
+                one.add(batch)
+    barrier, box = threading.Barrier(3), dict[int, Tensor]()
+    ranks = [Threads(rank, barrier, box) for rank in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda one: parts[one.rank].share(one), ranks))
+    for one in parts:
+        assert torch.equal(one.value(), parts[3].value())
+        assert one.rows == parts[3].rows == min(count, 28)
 
 
 def test_shared_inputs_are_accumulated_once() -> None:

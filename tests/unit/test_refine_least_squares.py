@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from svdexport.core.alternate import alternate, least_squares, pair_loss
 from svdexport.recipe.refiners import Als, Lora, SequentialLs
 from svdexport.refine import REFINERS, training
+from svdexport.refine.base import Moments
 from svdexport.refine.pairs import balance_pairs, pair_tensors
 from tests.unit.refine_models import data
 from tests.unit.test_distill import mean_divergence
@@ -99,6 +102,26 @@ def test_als_lowers_the_error_in_the_metric(gradients: bool, tmp_path: Path) -> 
             if not gradients:
                 assert loss(found.tensors) < loss(before)
     assert 0 < float(found.notes[0].rpartition(" by ")[2].rstrip("%")) < 100
+
+
+def test_als_counts_no_error_where_there_is_no_gradient(tmp_path: Path) -> None:
+    leader = "model.layers.1.mlp.down_proj"
+    alone = data(tmp_path / "alone", gradients=True)
+    alone = replace(alone, groups={leader: alone.groups[leader]})
+    given = data(tmp_path / "all", gradients=True)
+
+    def moments() -> Iterator[Moments]:
+        for found in given.moments():
+            for name, moment in found.gradients.items():
+                if name != leader:
+                    moment.matrix = torch.zeros_like(moment.matrix)
+            yield found
+
+    notes = [
+        REFINERS["als"].refine(one, Als(iterations=2)).notes
+        for one in (alone, replace(given, moments=moments))
+    ]
+    assert notes[0] == notes[1]
 
 
 def test_sequential_least_squares_are_those_of_the_slow_formula(tmp_path: Path) -> None:
