@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from svdexport.checkpoint import module_name
 from svdexport.errors import InputError
 from svdexport.export.gguf_layout import PairPlace
 from svdexport.export.gguf_match import Match
@@ -30,7 +31,8 @@ def ready_tensors(
     A stack of experts is taken where all its slices were packed in one type.
     """
     found: dict[str, list[tuple[int, str, Match | None]]] = {}
-    for name, match in matches.items():
+    for stored, match in matches.items():
+        name = stored if stored in packed.kinds else module_name(stored)
         if match.expert is not None or name in packed.kinds:  # else a tied name, or nothing
             found.setdefault(match.tensor, []).append((match.expert or 0, name, match))
     fused: set[str] = set()

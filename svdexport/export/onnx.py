@@ -17,7 +17,7 @@ from svdexport.core.grids_onnx import NBitsGrid
 from svdexport.errors import ArtifactError, MissingExtraError
 from svdexport.export.base import Exported, ExportRequest, TensorRecord
 from svdexport.export.onnx_last import differences, last_position_graph
-from svdexport.export.onnx_plan import BuildPlan
+from svdexport.export.onnx_plan import BuildPlan, why_not
 from svdexport.packed import PackedFolder
 from svdexport.recipe import OnnxExport
 from svdexport.runtimes.onnx_graph import ROWS_KEY
@@ -121,7 +121,7 @@ def _build(
 
     Encoders have no genai_config.json.
     """
-    from svdexport.export.onnx_builder import build, load_config, why_not
+    from svdexport.export.onnx_builder import build, load_config
     from svdexport.export.onnx_encoder import build_encoder
     from svdexport.export.onnx_general import build_general, genai_settings
     from svdexport.export.onnx_pack import DataWriter
@@ -137,7 +137,7 @@ def _build(
         else:
             model, emission = build_general(plan, data, config)
             if not emission.latent_layers:  # else keys and values differ in shape
-                genai = genai_settings(config, LAST_FILE)
+                genai = genai_settings(config, plan.source, LAST_FILE)
     return described(model, emission), genai, emission, data.records, reason
 
 
@@ -169,11 +169,19 @@ def _notes(emission: Any, plan: Any, reason: str | None) -> Iterator[str]:
         yield "weights, activations and logits are float16, for WebGPU; a CPU gains no speed"
     if plan.grid is not None:
         how = "DequantizeLinear and MatMul" if plan.standard else "MatMulNBits, accuracy level 4"
+        chosen = plan.packed is not None and plan.packed.kinds
+        values = "as the recipe's quantize chose them" if chosen else "rounded to nearest"
         yield (
-            f"linears: {plan.grid.bits} bits, blocks of {plan.grid.block_size}, symmetric, rounded "
-            f"to nearest ({how}; onnxruntime then rounds activations to int8)"
+            f"linears: {plan.grid.bits} bits, blocks of {plan.grid.block_size}, symmetric, "
+            f"{values} ({how}; onnxruntime then rounds activations to int8)"
         )
-        yield f"LM head or embedding without one: {plan.head_grid.bits} bits"
+        tables = [name for name in emission.grids if name.startswith("lm_head.MatMul")]
+        if emission.shared_embedding and not tables:
+            yield "embedding and LM head: float32, as no block divides their width"
+        else:
+            yield f"LM head or embedding without one: {plan.head_grid.bits} bits"
+        narrow = {g.block_size for g in emission.grids.values()} - {plan.grid.block_size}
+        yield from (f"embedding: blocks of {size}, which its rows fill" for size in narrow)
     if emission.latent_layers:
         before, after = emission.cache_bytes
         yield (

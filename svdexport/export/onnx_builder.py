@@ -20,18 +20,7 @@ from svdexport.checkpoint import Checkpoint
 from svdexport.errors import InputError, MissingExtraError
 from svdexport.export.onnx_emit import PairEmitter
 from svdexport.export.onnx_pack import DataWriter
-from svdexport.export.onnx_plan import BuildPlan, Emission
-
-FAMILIES = {
-    "LlamaForCausalLM": "LlamaModel",
-    "MistralForCausalLM": "MistralModel",
-    "Qwen2ForCausalLM": "QwenModel",
-    "Qwen3ForCausalLM": "Qwen3Model",
-}
-"""Architectures whose graphs were compared with torch, and their class in the builder."""
-
-ROPE_TYPES = ("default", "llama3")
-"""Rotary embeddings that the builder computes as transformers does."""
+from svdexport.export.onnx_plan import FAMILIES, BuildPlan, Emission
 
 
 def load_config(source: Path) -> Any:
@@ -46,21 +35,6 @@ def load_config(source: Path) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
-
-
-def why_not(config: Any, *, latent: bool = False, standard: bool = False) -> str | None:
-    """Why the builder's graph would not be exact for a model or not what was asked for; or None."""
-    if standard:
-        return "standard operators were asked for"
-    if latent:
-        return "a latent cache was asked for"
-    names = getattr(config, "architectures", None) or ["a model of no named architecture"]
-    if names[0] not in FAMILIES:
-        return f"the onnxruntime-genai builder's graph for {names[0]} was not shown to be exact"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in ROPE_TYPES:
-        return f"the onnxruntime-genai builder does not do rotary embeddings of type {rope} exactly"
-    return None
 
 
 def shell(config: Any, checkpoint: Checkpoint) -> torch.nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from svdexport.errors import InputError
 from svdexport.export.onnx_emit import HEAD
 from svdexport.export.onnx_forms import ContribForm, Form, StandardForm
 from svdexport.export.onnx_pack import DataWriter, quantized, to_half
-from svdexport.export.onnx_plan import BuildPlan, Emission
+from svdexport.export.onnx_plan import BuildPlan, Emission, table_grid
 from svdexport.export.onnx_trace import PREFIX, latent_layers, stand_in_of, trace, traced_model
 
 IR_VERSION = 10
@@ -95,12 +97,11 @@ class _Writer:
         tied = head is not None and (
             not checkpoint.has(f"{head}.weight") and head not in checkpoint.low_rank
         )
+        self.emission.shared_embedding = tied
         grid = plan.head_grid
-        whole = grid is None or checkpoint.tensor(embedding).shape[1] % grid.block_size == 0
-        self.emission.shared_embedding = tied and whole
-        self._tied = tied
+        self._table_grid = grid and table_grid(grid, int(checkpoint.tensor(embedding).shape[1]))
         # Half of an encoder's bytes are its embedding, which no head shares.
-        self._quantised_table = head is None and grid is not None and whole
+        self._quantised_table = head is None and self._table_grid is not None
         self._shared: list[ir.Value] = []
 
     def write(self) -> None:
@@ -125,10 +126,10 @@ class _Writer:
         grid = self.plan.head_grid if head else self.plan.grid
         if head and self.emission.shared_embedding:
             shape = tuple(self.plan.checkpoint.tensor(self.embedding).shape)
-            self.form.head(node, self._shared_values(), shape, grid)
+            self.form.head(node, self._shared_values(), shape, self._table_grid)
             del self.graph.initializers[str(stand_in.name)]
             return
-        tensor = self.embedding if head and self._tied else f"{stem}.weight"
+        tensor = f"{stem}.weight"
         if leaf.startswith("lr_b_"):
             tensor = f"{linear}.lr_b.weight"
         whole = self.plan.checkpoint.tensor(tensor).float().numpy()
@@ -155,8 +156,7 @@ class _Writer:
             name = str(self.form.linear(node, f"{stem}.MatMul", stored).name)
             self.emission.grids[name] = grid
             del self.graph.initializers[str(stand_in.name)]
-        if tensor != self.embedding:  # which has its own initialiser
-            self.emission.rows[name] = [(tensor, weight.shape[0])]
+        self.emission.rows[name] = [(tensor, weight.shape[0])]
 
     def _only_product(self, linear: str, stand_in: ir.Value) -> ir.Node:
         nodes = [usage.node for usage in stand_in.uses()]
@@ -174,7 +174,7 @@ class _Writer:
     def _shared_values(self) -> list[ir.Value]:
         """The shared initialisers; written when first asked for."""
         if not self._shared:
-            grid = self.plan.head_grid
+            grid = self._table_grid
             weight = self.plan.checkpoint.tensor(self.embedding).float().numpy()
             array = self._float(weight, self.embedding)
             self._shared = self.form.shared(self.embedding, "lm_head.MatMul", array, grid)
@@ -189,11 +189,11 @@ class _Writer:
         for node in [usage.node for usage in value.uses()]:
             if node.op_type != "Gather":
                 raise InputError(f"{self.plan.source}: the embedding is read by {node.op_type}")
-            self.form.lookup(node, shared, int(value.shape[0]), self.plan.head_grid)  # type: ignore[index, arg-type]
+            self.form.lookup(node, shared, int(value.shape[0]), self._table_grid)  # type: ignore[index, arg-type]
         self.graph.initializers.pop(str(value.name), None)
 
     def _quantise_table(self, value: ir.Value) -> None:
-        grid = self.plan.head_grid
+        grid = self._table_grid
         assert grid is not None
         weight = self.plan.checkpoint.tensor(self.embedding).float().numpy()
         nodes = [usage.node for usage in value.uses()]
@@ -245,17 +245,25 @@ class _Writer:
             self.graph.insert_after(node, widen)
 
 
-def genai_settings(config: Any, graph: str) -> dict[str, Any]:
+def _special_token(source: Path, text: Any, key: str) -> Any:
+    """A token's id, or ids: of generation_config.json, else of config.json."""
+    file = source / "generation_config.json"
+    given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return getattr(text, key) if given.get(key) is None else given[key]
+
+
+def genai_settings(config: Any, source: Path, graph: str) -> dict[str, Any]:
     """genai_config.json of a traced graph: a plain decoder with position_ids and its own cache."""
     heads, width, layers = cache_shape(config)
     text = config.get_text_config()
-    end = text.eos_token_id
-    pad = text.pad_token_id
+    begin, end, pad = (
+        _special_token(source, text, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    )
     first_end = end[0] if isinstance(end, list) else end
     length = int(getattr(text, "max_position_embeddings", 0) or text.n_positions)
     return {
         "model": {
-            "bos_token_id": text.bos_token_id if text.bos_token_id is not None else 0,
+            "bos_token_id": 0 if begin is None else begin,
             "context_length": length,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from svdexport.checkpoint import Checkpoint
-from svdexport.core.grids_onnx import NBitsGrid
+from svdexport.core.grids_onnx import BLOCK_SIZES, NBitsGrid
 from svdexport.packed import PackedFolder
+
+FAMILIES = {
+    "LlamaForCausalLM": "LlamaModel",
+    "MistralForCausalLM": "MistralModel",
+    "Qwen2ForCausalLM": "QwenModel",
+    "Qwen3ForCausalLM": "Qwen3Model",
+}
+"""Architectures whose graphs were compared with torch, and their class in the builder."""
+
+ROPE_TYPES = ("default", "llama3")
+"""Rotary embeddings that the builder computes as transformers does."""
 
 Row = tuple[str, int]
 """A tensor of the checkpoint and how many output rows of an initialiser it owns, in order."""
@@ -57,3 +69,29 @@ class Emission:
     shared_embedding: bool = False
     latent_layers: dict[int, int] = field(default_factory=dict)
     cache_bytes: tuple[int, int] = (0, 0)
+
+
+def why_not(config: Any, *, latent: bool = False, standard: bool = False) -> str | None:
+    """Why the builder's graph would not be exact for a model or not what was asked for; or None."""
+    if standard:
+        return "standard operators were asked for"
+    if latent:
+        return "a latent cache was asked for"
+    names = getattr(config, "architectures", None) or ["a model of no named architecture"]
+    if names[0] not in FAMILIES:
+        return f"the onnxruntime-genai builder's graph for {names[0]} was not shown to be exact"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        return f"the onnxruntime-genai builder does not do rotary embeddings of type {rope} exactly"
+    return None
+
+
+def table_grid(grid: NBitsGrid, columns: int) -> NBitsGrid | None:
+    """The grid of a traced graph's embedding, whose rows are also read one by one.
+
+    ``grid`` in the widest blocks, up to its own, that rows of ``columns`` fill: nothing that reads
+    single rows takes padded ones. None, for float, where no block does.
+    """
+    whole = (b for b in BLOCK_SIZES if b <= grid.block_size and columns % b == 0)
+    widest = max(whole, default=None)
+    return None if widest is None else replace(grid, block_size=widest)

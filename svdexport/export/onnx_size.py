@@ -18,11 +18,11 @@ from svdexport.checkpoint import Checkpoint, PairSpec
 from svdexport.core.grids_onnx import NBitsGrid
 from svdexport.errors import InputError
 from svdexport.export.onnx import DATA_FILE, build_plan, described
-from svdexport.export.onnx_builder import emitted, load_config, why_not
+from svdexport.export.onnx_builder import emitted, load_config
 from svdexport.export.onnx_emit import PairEmitter
 from svdexport.export.onnx_last import last_position_graph
 from svdexport.export.onnx_pack import DataWriter, aligned
-from svdexport.export.onnx_plan import Row
+from svdexport.export.onnx_plan import Row, why_not
 from svdexport.recipe import OnnxExport
 
 if TYPE_CHECKING:

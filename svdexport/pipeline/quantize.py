@@ -59,6 +59,10 @@ def quantize_exports(job: Job, model: ModelUnderWork, compressed: Compressed) ->
     recipe = job.recipe
     specs = [spec for spec in recipe.export if _concerns(spec)]
     adapters = fit_adapters(job, model, compressed)
+    for spec in recipe.export:
+        if recipe.quantize and isinstance(spec, GgufExport) and spec.form == "stock_lora":
+            name = artifact_name(spec)
+            job.reporter.note(f"{name}: base and adapter by llama.cpp's quantiser, not by quantize")
     if recipe.quantize is None or not specs:
         return QuantizedExports(adapters, compressed.key)
     folders = {spec: job.work / "quantized" / artifact_name(spec) for spec in specs}

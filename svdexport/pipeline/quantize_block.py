@@ -65,7 +65,8 @@ class BlockQuantizer:
         Args:
             moment: H (n, n), the metric of the error.
             targets: by linear, the matrix (m, n) to come near to instead of its own.
-            anew: the pair of the whole group instead of the checkpoint's.
+            anew: the pair of the whole group instead of the checkpoint's, where both of its
+                factors have a grid.
         """
         pairs: dict[str, list[str]] = {}
         both: dict[str, list[str]] = {}
@@ -169,11 +170,13 @@ class BlockQuantizer:
         anew: FactorPair | None,
     ) -> None:
         pairs = [self.checkpoint.pair(member) for member in members]
-        pair = anew or FactorPair(pairs[0].a.float(), torch.cat([p.b.float() for p in pairs]))
+        pair = FactorPair(pairs[0].a.float(), torch.cat([p.b.float() for p in pairs]))
         names_a = [f"{leader}.lr_a.weight"]
         names_b = [f"{member}.lr_b.weight" for member in members]
         grid_a = self._grid("a", names_a[0], pair.a.shape[1])
         grid_b = self._grid("b", names_b[0], pair.rank)
+        if anew is not None and grid_a is not None and grid_b is not None:
+            pair = anew  # a factor without a grid is written as the checkpoint has it
         sizes = [len(p.b) for p in pairs]
         target = torch.cat([targets[name] for name in members]) if targets else None
         first, second = self._pair(pair, moment, grid_a, grid_b, target)

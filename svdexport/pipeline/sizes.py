@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from svdexport.allocate import Allocation
-from svdexport.checkpoint import PairSpec
+from svdexport.checkpoint import PairSpec, is_encoder
 from svdexport.core.grids_onnx import NBitsGrid
+from svdexport.core.remap import bytes_per_rank
 from svdexport.errors import InputError, MissingExtraError
 from svdexport.export.gguf_size import exact_bytes, header_of
 from svdexport.export.gguf_types import NOT_QUANTISED, Types, held
-from svdexport.models.blocks import InputGroup
+from svdexport.export.onnx_plan import table_grid, why_not
+from svdexport.models.blocks import InputGroup, Linear
 from svdexport.models.loader import Source
 from svdexport.models.shapes import Shapes
 from svdexport.pipeline.artifacts import artifact_name
@@ -181,26 +183,35 @@ def weight_bytes(
         return _onnx(spec, shapes, matrices, dtype)
     assert isinstance(spec, CheckpointExport)
     width = _DTYPE_BYTES.get(dtype if spec.dtype == "source" else spec.dtype, 4)
-    return width * sum(math.prod(shape) for _, shape, _ in matrices)
+    if spec.layout == "factors":
+        return width * sum(math.prod(shape) for _, shape, _ in matrices)
+    rest = sum(math.prod(shape) for _, shape, kind in matrices if kind not in ("a", "b"))
+    return width * rest + sum(_slots(group, chosen[group.leader].rank or 0) for group in groups)
+
+
+def _slots(group: InputGroup, rank: int) -> int:
+    """Bytes of a group's pair in the remapped layout."""
+    rows = sum(member.out_features for member in group.members)
+    return rank * bytes_per_rank(rows, group.members[0].in_features)
 
 
 def _matrices(
     shapes: Shapes, groups: list[InputGroup], chosen: Choice
 ) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """(name, shape, kind) of every tensor: kinds a, b, linear, embedding, head and other."""
-    pairs: dict[str, tuple[InputGroup, int]] = {}
+    pairs: dict[str, tuple[str, Linear, int]] = {}  # leader, linear (or the embedding), rank
     for group in groups:
         rank = chosen[group.leader].rank
         if rank is not None:
-            pairs |= {member.name: (group, rank) for member in group.members}
+            pairs |= {member.name: (group.leader, member, rank) for member in group.members}
     linears = {linear.name: linear for linear in shapes.structure.linears()}
     for name, shape in shapes.parameters.items():
         owner = name.removesuffix(".weight")
         if owner in pairs:
-            group, rank = pairs[owner]
-            if owner == group.leader:
-                yield name, (rank, linears[owner].in_features), "a"
-            yield name, (linears[owner].out_features, rank), "b"
+            leader, linear, rank = pairs[owner]
+            if owner == leader:
+                yield name, (rank, linear.in_features), "a"
+            yield name, (linear.out_features, rank), "b"
         elif owner in linears:
             yield name, (linears[owner].out_features, linears[owner].in_features), "linear"
         elif name == shapes.embedding:
@@ -276,14 +287,22 @@ def _onnx(
 ) -> int:
     bits = ONNX_BITS.get(spec.precision)
     width = 2 if spec.precision == "fp16" else 4
-    total = width * rotary_numbers(shapes.config) if spec.operators == "contrib" else 0
+    traced = why_not(
+        shapes.config, latent=spec.kv_cache == "latent", standard=spec.operators == "standard"
+    )
+    total = 0 if traced else width * rotary_numbers(shapes.config)
+    encoder = is_encoder(shapes.config.to_dict())
     for _, shape, kind in matrices:
         tied = kind == "embedding" and shapes.head is None
+        if encoder and spec.operators == "standard":
+            tied = False  # its embedding stays float
         size = math.prod(shape)
         if bits is not None and kind in ("a", "b", "linear"):
-            total += _product(shape, bits, spec)
+            total += _product(shape, NBitsGrid(bits, spec.block_size), spec)
         elif bits is not None and (kind == "head" or tied):
-            total += _product(shape, ONNX_HEAD_BITS, spec)
+            asked = NBitsGrid(ONNX_HEAD_BITS, spec.block_size)
+            grid = table_grid(asked, shape[1]) if tied and traced else asked
+            total += size * width if grid is None else _product(shape, grid, spec)
         elif kind == "embedding" and not tied:  # half precision where that is exact
             total += size * (2 if dtype == "float16" else width)
         else:
@@ -291,13 +310,12 @@ def _onnx(
     return total
 
 
-def _product(shape: tuple[int, ...], bits: int, spec: OnnxExport) -> int:
+def _product(shape: tuple[int, ...], grid: NBitsGrid, spec: OnnxExport) -> int:
     """Blocks of packed integers with a float32 scale each; ONNX's own operators do not pad."""
     rows, columns = shape
-    blocks = NBitsGrid(bits, spec.block_size).blocks(columns)
     if spec.operators == "standard":
-        return -(-rows * columns * bits // 8) + rows * blocks * 4
-    return rows * blocks * (spec.block_size * bits // 8 + 4)
+        return -(-rows * columns * grid.bits // 8) + rows * grid.blocks(columns) * 4
+    return grid.nbytes(rows, columns)
 
 
 def rotary_numbers(config: Any) -> int:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from svdexport.errors import InputError
 from svdexport.rundir import MANIFEST
+from svdexport.runtimes.gguf_file import adapter_of
 
 Kind = Literal["gguf", "onnx", "checkpoint"]
 
@@ -38,8 +39,12 @@ def kind(path: Path) -> Kind:
 
 
 def size_bytes(path: Path) -> int:
-    """Bytes of weights and graph: the file, or a folder's model files (tokenizers left out)."""
+    """Bytes of weights and graph: the file, or a folder's model files (tokenizers left out).
+
+    A GGUF file's adapter, where it says that it has one, is counted with it.
+    """
     if path.is_file():
-        return path.stat().st_size
+        beside = adapter_of(path) if kind(path) == "gguf" else None
+        return path.stat().st_size + (beside.stat().st_size if beside is not None else 0)
     suffixes = (".onnx", ".data", ".safetensors")
     return sum(f.stat().st_size for f in path.iterdir() if f.name.endswith(suffixes))

@@ -15,6 +15,7 @@ import torch
 
 from svdexport.checkpoint import is_encoder
 from svdexport.errors import InputError
+from svdexport.files import is_out_of_memory
 
 
 class TorchRuntime:
@@ -126,6 +127,8 @@ def _load(path: Path) -> Any:
                 str(path), dtype=torch.float32, local_files_only=True, use_safetensors=True
             )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{path}: transformers cannot load this folder ({reason})") from None
     return model.eval().requires_grad_(False)

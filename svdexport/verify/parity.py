@@ -19,6 +19,7 @@ limit could tell that from a mistake (`drowned`): the runtime is asked for produ
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,7 +92,24 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
 
 def tolerance(format_name: str, type_name: str) -> Tolerance:
     """The limits for a format and type; a quantised type that is not listed has 8-bit inputs."""
+    if format_name == "gguf":
+        type_name = _coarsest(type_name)
     return TOLERANCES.get((format_name, type_name), INT8_ACTIVATIONS)
+
+
+def _types(label: str) -> dict[str, str]:
+    """Weight types by role, of a GGUF's label such as ``Q4_0-a-F16-stock``."""
+    first, *parts = label.split("-")
+    roles = ("a", "b", "embedding", "head")
+    named = {role: kind for role, kind in itertools.pairwise(parts) if role in roles}
+    return {"linear": first} | named
+
+
+def _coarsest(label: str) -> str:
+    """The float type that rounds most, of a GGUF's label; none where a type is quantised."""
+    kinds = set(_types(label).values())
+    floats = [kind for kind in ("BF16", "F16", "F32") if kind in kinds]
+    return floats[0] if set(floats) == kinds else ""
 
 
 def rounding(format_name: str, type_name: str, block_size: int = 32) -> Rounding | None:
@@ -100,13 +118,15 @@ def rounding(format_name: str, type_name: str, block_size: int = 32) -> Rounding
     llama.cpp rounds them to the type of F16 and BF16 weights. 256 share an 8-bit scale in its Q8_K,
     which goes with K-quants, and 32 in its Q8_0; MatMulNBits takes the weights' ``block_size``.
     """
-    if format_name == "gguf" and type_name in ("F16", "BF16"):
-        dtype = torch.float16 if type_name == "F16" else torch.bfloat16
+    if format_name == "gguf" and _coarsest(type_name) in ("F16", "BF16"):
+        dtype = torch.float16 if _coarsest(type_name) == "F16" else torch.bfloat16
         return lambda values: values.to(dtype).to(values.dtype)
     if tolerance(format_name, type_name) is not INT8_ACTIVATIONS:
         return None
     if format_name == "gguf":
-        block_size = 256 if "_K" in type_name or "mixed" in type_name else 32
+        types = _types(type_name)
+        products = [types["linear"], types.get("a", ""), types.get("b", "")]
+        block_size = 256 if any("_K" in t or t == "mixed" for t in products) else 32
     return functools.partial(round_blocks, block=block_size)
 
 

@@ -249,6 +249,17 @@ def test_packed_slices_make_a_stack(tmp_path: Path) -> None:
     assert ready_tensors(PackedFolder.open(tmp_path), matches, []) == {}
 
 
+def test_slices_packed_by_their_modules_are_found_for_mixtrals_tensors(tmp_path: Path) -> None:
+    data = np.arange(3 * 2 * 18, dtype=np.uint8).reshape(3, 2, 18)
+    names = [f"l.0.mlp.experts.{i}.up_proj.weight" for i in range(3)]
+    packed = {n: PackedWeight("Q4_0", {"data": d}) for n, d in zip(names, data, strict=True)}
+    write_packed(tmp_path / "block.safetensors", packed)
+    stored = [f"l.0.block_sparse_moe.experts.{i}.w3.weight" for i in range(3)]
+    matches = {name: Match("exps", i, None, False) for i, name in enumerate(stored)}
+    ready = ready_tensors(PackedFolder.open(tmp_path), matches, [])
+    assert np.array_equal(ready["exps"].rows(), data.reshape(6, 18))
+
+
 def test_tensors_of_mixtral_by_their_modules() -> None:
     assert module_name("l.0.block_sparse_moe.experts.12.w3.weight") == (
         "l.0.mlp.experts.12.up_proj.weight"
@@ -270,6 +281,8 @@ def test_experts_in_sequence_are_refused(
 ) -> None:
     """The compressed model may send a token to other experts than the original does."""
     source, _ = compressed
-    recipe = load_recipe(source.parent / "recipe.yaml", [change])
+    path = source.parent / "quantised.yaml"
+    path.write_text((source.parent / "recipe.yaml").read_text().replace("type: F32", "type: Q8_0"))
+    recipe = load_recipe(path, [change])
     with pytest.raises(RecipeError, match=f"{named}: cannot be used on the experts"):
         chosen_groups(recipe, structure_of(source))

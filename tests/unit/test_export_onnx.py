@@ -202,17 +202,47 @@ def test_a_batch_padded_on_the_right_is_exact(tmp_path: Path) -> None:
     assert any("on the right" in note for note in exported.notes)
     dequantised(model, out, checkpoint, source)
     runtime = OrtRuntime(out, threads=1)
-    runtime._open(out / MODEL_FILE)
     lengths = (12, 7, 3, 9)
     feeds = {
         "input_ids": np.stack([np.where(np.arange(12) < n, TOKENS[:12], 2) for n in lengths]),
         "attention_mask": np.stack([np.arange(12) < n for n in lengths]).astype(np.int64),
     }
     feeds |= {name: np.zeros((4, 2, 0, 16), np.float32) for name in runtime._past}
-    found = runtime._session.run(["logits"], feeds)[0]
+    runtime._open(out / MODEL_FILE)
+    every = runtime._session.run(["logits"], feeds)[0]
+    runtime._open(out / LAST_FILE)
+    last = runtime._session.run(["logits"], feeds)[0]
     runtime.close()
     for row, length in enumerate(lengths):
-        assert relative(found[row, :length], torch_logits(model, TOKENS[:length])) < 1e-4
+        meant = torch_logits(model, TOKENS[:length])
+        assert relative(every[row, :length], meant) < 1e-4
+        assert relative(last[row], meant[-1:]) < 1e-4
+
+
+def test_a_batch_in_genai_goes_on_as_each_prompt_alone(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "onnx"
+    make_model(source, "llama")
+    run_export(source, compress(source, tmp_path / "low", SHARED), out, "fp32")
+    runtime = GenaiRuntime(out, threads=1)
+    settings = json.loads((out / "genai_config.json").read_text())
+    pad = settings["model"]["pad_token_id"]
+    prompts = [[t for t in TOKENS.tolist() if t != pad][:length] for length in (8, 3)]
+
+    def go_on(rows: list[list[int]]) -> list[list[int]]:
+        longest = max(len(row) for row in rows)
+        parameters = runtime._genai.GeneratorParams(runtime._model)
+        parameters.set_search_options(
+            max_length=longest + 6, do_sample=False, batch_size=len(rows), min_length=longest + 6
+        )
+        generator = runtime._genai.Generator(runtime._model, parameters)
+        padded = [row + [pad] * (longest - len(row)) for row in rows]
+        generator.append_tokens(np.array(padded, np.int32))
+        for _ in range(5):
+            generator.generate_next_token()
+        return [generator.get_sequence(i)[longest:].tolist() for i in range(len(rows))]
+
+    assert go_on(prompts) == [go_on([prompt])[0] for prompt in prompts]
+    runtime.close()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

@@ -9,10 +9,13 @@ import onnx
 import onnxruntime
 import pytest
 
+from svdexport.checkpoint import Checkpoint
 from svdexport.core.grids_onnx import NBitsGrid, dequantize, quantize, signed
 from svdexport.errors import InputError
 from svdexport.export.onnx import LAST_FILE, MODEL_FILE, check_round_trip
 from svdexport.export.onnx_pack import to_half
+from svdexport.models.shapes import shapes_of
+from svdexport.pipeline.sizes import weight_bytes
 from svdexport.recipe import OnnxExport
 from svdexport.runtimes.genai_rt import GenaiRuntime
 from svdexport.runtimes.inspect_onnx import inspect
@@ -102,6 +105,31 @@ def test_signed_codes_are_the_same_numbers(bits: int) -> None:
     assert np.array_equal(values.T.astype(np.float32), dequantize(quantized))
     with pytest.raises(ValueError, match="symmetric"):
         signed(quantize(weight, NBitsGrid(bits, 16, symmetric=False)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "operators"), [("llama-tied", "standard"), ("gemma2", "contrib")]
+)
+def test_a_tied_embedding_narrower_than_a_block_takes_smaller_ones(
+    family: str, operators: str, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "onnx"
+    model = make_model(source, family)
+    whole = Checkpoint.open(source)
+    exported = run_export(source, whole, out, "int2", block_size=128, operators=operators)
+    assert "embedding: blocks of 64, which its rows fill" in exported.notes
+    assert check_round_trip(out, exported.tensors) == []
+    dequantised(model, out, whole, source)
+    if operators == "contrib":
+        set_accuracy_level(out, 0)
+    assert relative(_exact_logits(out, TOKENS), torch_logits(model, TOKENS)) < 1e-4
+    spec = OnnxExport.model_validate(
+        {"precision": "int2", "block_size": 128, "operators": operators}
+    )
+    planned = weight_bytes(spec, shapes_of(source), [], {}, "float32")
+    written = sum(tensor.nbytes for tensor in exported.tensors.values())
+    assert planned <= written < planned + 1000  # the sizes and tables of the graph itself
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from pathlib import Path
 
 import gguf as gguf_py
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svdexport.core.grids_gguf import GRIDS
 from svdexport.errors import InputError
-from svdexport.export.gguf_types import FILE_TYPES
+from svdexport.export.gguf_types import FILE_TYPES, FLOATS, file_type
 from svdexport.runtimes.ggml import bindings, fits, quantize, row_bytes
 from svdexport.runtimes.gguf_file import BLOCKS, TYPE_NUMBERS, GgufFile, to_float32
 from tests.unit.gguf_models import export, make_model
@@ -81,6 +83,13 @@ def test_type_tables_agree_with_gguf_py() -> None:
         if kind.name != "Q8_1":  # never in a file; gguf-py has an old size of it
             assert BLOCKS[kind.name] == size
         assert TYPE_NUMBERS[kind.name] == int(kind)
+
+
+def test_a_mixed_file_says_the_type_that_most_of_it_has() -> None:
+    names = {int(number): name for name, number in gguf_py.LlamaFileType.__members__.items()}
+    for kind in (*FLOATS, *GRIDS):  # whatever a budget in bytes may choose
+        number = file_type("mixed", [("F32", 10), (kind, 30), ("Q4_0", 20), (kind, 30)])
+        assert re.fullmatch(f"(MOSTLY|ALL)_{kind}(_S)?", names[number])
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from svdexport import api
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import InputError
 from svdexport.export import gguf
-from svdexport.export.gguf_types import FILE_TYPES
 from svdexport.recipe import GgufExport
+from svdexport.recipe.exports import GgufType
+from svdexport.runtimes.artifact import size_bytes
 from svdexport.runtimes.ggml import quantize
 from svdexport.runtimes.gguf_file import GgufFile, adapter_path
 from svdexport.runtimes.inspect_gguf import inspect
@@ -55,7 +57,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.sqrt(((found - expected) ** 2).mean()) / expected.std())
 
 
-@pytest.mark.parametrize("type_name", sorted(FILE_TYPES))
+@pytest.mark.parametrize("type_name", get_args(GgufType))
 def test_every_type_runs_and_reads_back(
     type_name: str, model: tuple[Path, Path, np.ndarray], tmp_path: Path
 ) -> None:
@@ -129,6 +131,14 @@ def test_stock_lora_form_adds_the_pairs_to_the_remainder(
     adapter = tmp_path / "out.lora.gguf"
     assert made.bytes == made.path.stat().st_size + adapter.stat().st_size
     assert inspect(adapter)["runtime"].endswith("beside its base model")
+    found = inspect(made.path)
+    assert found["runtime"] == "llama.cpp with --lora out.lora.gguf"
+    assert found["totals"]["bytes"] == size_bytes(made.path) == made.bytes
+    forms = {entry["form"] for entry in found["linears"]}
+    assert "residual lora pair" in forms and forms <= {"residual lora pair", "dense"}
+    alone = inspect(adapter)["totals"]
+    assert found["totals"]["pairs"] == alone["pairs"] > 0
+    assert found["totals"]["tensors"] == len(made.tensors) > alone["tensors"]
     assert gguf.check_round_trip(made.path, made.tensors) == []
     dense = export(source, source, tmp_path / "dense.gguf", type="F32")
     plain = export(source, source, tmp_path / "plain.gguf", type=type_name)

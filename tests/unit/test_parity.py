@@ -169,6 +169,27 @@ def test_who_rounds_activations() -> None:
         assert torch.equal(found(x), x.to(dtype).float()) and found(x).dtype == torch.float32
 
 
+def test_a_label_is_held_to_its_coarsest_type() -> None:
+    limits = {
+        "F16-apart": parity.FLOAT16,
+        "F16-stock": parity.FLOAT16,
+        "F32-a-F16-plain": parity.FLOAT16,
+        "F16-b-BF16": parity.BFLOAT16,
+        "F16-head-Q8_0": parity.INT8_ACTIVATIONS,
+        "Q4_0-a-F16-b-F16-stock-lora": parity.INT8_ACTIVATIONS,
+    }
+    for label, meant in limits.items():
+        assert parity.tolerance("gguf", label) is meant, label
+    x = torch.linspace(-3, 5, 512)
+    for label, width in (("Q8_0-embedding-Q6_K", 32), ("Q8_0-b-Q4_K", 256), ("mixed", 256)):
+        found = parity.rounding("gguf", label)
+        assert found is not None
+        assert torch.equal(found(x), parity.round_blocks(x, width))
+    half = parity.rounding("gguf", "F16-apart")
+    assert half is not None
+    assert torch.equal(half(x), x.half().float())
+
+
 def test_a_drowned_model_is_compared_with_products_in_float32(model: LlamaForCausalLM) -> None:
     reference = logits(model)
     assert not parity.drowned(reference, rounded(model)) and not parity.drowned(reference, None)

@@ -131,6 +131,27 @@ def test_in_sequence_the_model_comes_nearer_to_the_original(place: Path, compres
     assert distances[1] < 0.95 * distances[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["type_a", "type_b"])
+def test_a_factor_that_stays_float_is_of_the_same_pair_as_the_other(place: Path, key: str) -> None:
+    (file,), work = exported(
+        place,
+        key,
+        compress=f"{PAIRS[:-1]}, sequential: true}}",
+        algorithm="gptq, sequential: true",
+        exports=f"{{format: gguf, type: Q8_0, {key}: F16}}",
+    )
+    checkpoint = Checkpoint.open(work / "checkpoint")
+    gguf: Any = exporter("gguf")
+    read = dict(gguf.read_back(file, checkpoint, place / "model", None, work / "base"))
+    for name in checkpoint.low_rank:
+        pair = checkpoint.pair(name)
+        leader = checkpoint.low_rank[name].group
+        found = read[f"{name}.lr_b.weight"] @ read[f"{leader}.lr_a.weight"]
+        wanted = pair.dense().numpy()
+        assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
 def last_hidden(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(tokens, output_hidden_states=True).hidden_states[-1]
