@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdexport.core.machine import no_garbage_collection
-from svdexport.errors import RecipeError
+from svdexport.errors import ArtifactError, RecipeError
 from svdexport.pipeline.distributed import joined, serve
+from svdexport.pipeline.inputs import inputs_key
 from svdexport.pipeline.preflight import check_artifact, check_inputs, check_text
 from svdexport.pipeline.recheck import recheck
 from svdexport.pipeline.reporter import Reporter
@@ -62,7 +63,11 @@ def _job(
             raise SystemExit(0)
         recipe = load_recipe(recipe_path, overrides)
         rundir = RunDir(
-            place, recipe_hash=recipe_hash(recipe), protected=protected(recipe), restart=restart
+            place,
+            recipe_hash=recipe_hash(recipe),
+            inputs=inputs_key(recipe),
+            protected=protected(recipe),
+            restart=restart,
         )
         check_inputs(recipe)
         from svdexport.core.ranks import ALONE
@@ -100,15 +105,17 @@ def run(
         RecipeError, InputError, ResourceError: see ``svdexport.errors``.
     """
     path = Path(recipe)
-    invocation_text = path.read_text(encoding="utf-8") if path.is_file() else ""
     with _job(path, out, overrides, restart, reporter) as job:
         from svdexport.pipeline.run import Invocation, Outcome
         from svdexport.pipeline.run import run as run_job
 
         if job.rundir.published:
-            job.reporter.note(f"{job.rundir.out} is there already; --restart runs it anew")
-            return Outcome(recheck(job.rundir.out), job.rundir.out)
-        return run_job(job, Invocation(invocation_text, tuple(overrides), command))
+            found = recheck(job.rundir.out)
+            if found.recipe_sha256 == recipe_hash(job.recipe):
+                job.reporter.note(f"{job.rundir.out} is there already; --restart runs it anew")
+                return Outcome(found, job.rundir.out)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return run_job(job, Invocation(text, tuple(overrides), command))
 
 
 def compress(
@@ -178,6 +185,9 @@ def export(
         compressed = run_compression(job, model)
         quantized = quantize_exports(job, model, compressed)
         artifacts = export_all(job, model, compressed.checkpoint, quantized.key, quantized.folders)
+        for artifact in artifacts:
+            if artifact.problems:
+                raise ArtifactError(f"{artifact.path}: {artifact.problems[0]}")
         return [artifact.path for artifact in artifacts if artifact.role == "compressed"]
 
 
@@ -237,7 +247,8 @@ def init(model: Path | str, target: Target, out: Path | str | None = None) -> Pa
         check_config(place)
     from svdexport.pipeline.draft import draft
 
-    return draft(place, target, Path(out or f"{place.resolve().stem}-{target}.yaml"))
+    name = place.resolve().name.removesuffix(".gguf")
+    return draft(place, target, Path(out or f"{name}-{target}.yaml"))
 
 
 def verify(
@@ -344,16 +355,17 @@ def evaluate(
     from svdexport.pipeline.job import default_threads
     from svdexport.pipeline.tools import evaluate_artifact
 
-    return evaluate_artifact(
-        artifact,
-        text,
-        reference,
-        context,
-        windows,
-        runtime,
-        threads or default_threads(),
-        reporter or Reporter(quiet=True),
-    )
+    with resource_errors(str(artifact), resumes=False):
+        return evaluate_artifact(
+            artifact,
+            text,
+            reference,
+            context,
+            windows,
+            runtime,
+            threads or default_threads(),
+            reporter or Reporter(quiet=True),
+        )
 
 
 def bench(
@@ -367,22 +379,26 @@ def bench(
     threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Time artifacts in turn; the first is the baseline unless one is named."""
+    """Time artifacts in turn; the first is the baseline unless one is named.
+
+    Of an encoder ``prefill`` alone.
+    """
     paths = [baseline, *artifacts] if baseline is not None else list(artifacts)
     for path in paths:
         check_artifact(path)
     from svdexport.pipeline.job import default_threads
     from svdexport.pipeline.tools import bench_artifacts
 
-    return bench_artifacts(
-        paths,
-        rounds,
-        tuple(prefill),
-        decode,
-        runtime,
-        threads or default_threads(),
-        reporter or Reporter(quiet=True),
-    )
+    with resource_errors("bench", resumes=False):
+        return bench_artifacts(
+            paths,
+            rounds,
+            tuple(prefill),
+            decode,
+            runtime,
+            threads or default_threads(),
+            reporter or Reporter(quiet=True),
+        )
 
 
 def inspect(artifact: Path) -> dict[str, Any]:

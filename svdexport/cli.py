@@ -88,7 +88,10 @@ def run(
 @command(app)
 def frontier(
     recipe: RecipeArg,
-    budget: Annotated[list[str], typer.Option("--budget", help="Bytes of a file; repeatable.")],
+    budget: Annotated[
+        list[str],
+        typer.Option("--budget", help="Bytes of a file, as 80000000 or 80MB; repeatable."),
+    ],
     plain: Annotated[
         list[str] | None, typer.Option("--plain", help="llama.cpp's mixes to show beside ours.")
     ] = None,

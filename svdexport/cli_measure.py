@@ -81,7 +81,9 @@ def bench(
         Optional[list[int]],  # noqa: UP045
         typer.Option("--prefill", min=1, help="Prompt length in tokens; may be repeated."),
     ] = None,
-    decode: Annotated[int, typer.Option("--decode", min=1, help="Single-token steps.")] = 64,
+    decode: Annotated[
+        int, typer.Option("--decode", min=1, help="Single-token steps; none of an encoder.")
+    ] = 64,
     runtime: RuntimeOpt = None,
     threads: ThreadsOpt = None,
     as_json: JsonOpt = False,
@@ -89,6 +91,7 @@ def bench(
 ) -> None:
     """Time artifacts side by side in turn: prefill and decode tokens/s, ratio with interval.
 
+    Of an encoder, which writes no text, prefill alone.
     Exit 5 where one is slower than the baseline, 7 where the machine was too noisy to say.
 
     Example: svdexport bench compressed.gguf --baseline dense.gguf

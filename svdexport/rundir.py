@@ -53,7 +53,8 @@ class RunDir:
 
     Args:
         out: the folder that the finished output will be.
-        recipe_hash: of the recipe this run follows.
+        recipe_hash: of the recipe this run follows. inputs: of all that it reads and of the
+            versions; a published output of others is made anew.
         protected: files and folders that are read and must not be overwritten (model, texts).
         restart: drop what an unfinished run with whatever recipe left behind.
 
@@ -67,6 +68,7 @@ class RunDir:
         out: Path,
         *,
         recipe_hash: str,
+        inputs: str = "",
         protected: Sequence[Path] = (),
         restart: bool = False,
     ) -> None:
@@ -74,6 +76,7 @@ class RunDir:
         self.work = self.out.parent / f".{self.out.name}.work"
         self._old = self.out.parent / f".{self.out.name}.old"
         self._recipe_hash = recipe_hash
+        self._inputs = inputs
         self._restart = restart
         self._lock: int | None = None
         self.published = False  # whether this very recipe was published here before
@@ -128,6 +131,10 @@ class RunDir:
             record = {"stage": stage, "key": key, "files": records}
             write_atomic(self._marker(stage), _dumps(record))
 
+    def forget(self, stage: str) -> None:
+        """Take back that a stage is finished."""
+        self._marker(stage).unlink(missing_ok=True)
+
     def publish(self) -> Path:
         """Rename the staged output to its final name; an earlier output of ours gives way.
 
@@ -162,7 +169,7 @@ class RunDir:
         if begun and not same and not begun.get("complete") and not self._restart:
             raise RecipeError(
                 f"{self.work}: an unfinished run of a different recipe; put the recipe back to "
-                f"resume it, or start anew with --restart"
+                f"resume it, or remove that folder to start anew (`run` does so with --restart)"
             )
         if self._restart or not same:
             for path in self.work.iterdir():
@@ -174,6 +181,7 @@ class RunDir:
                     path.unlink()
         for part in self.work.rglob(".*.part"):  # of writes that were killed
             part.unlink(missing_ok=True)
+        same = same and begun.get("inputs") == self._inputs
         self.published = same and begun.get("complete") is True and is_ours(self.out)
         if self._restart or not self.published:
             self._write_run(complete=False)
@@ -187,8 +195,8 @@ class RunDir:
                 self._old.rename(self.out)
 
     def _write_run(self, complete: bool) -> None:
-        record = {"tool": _TOOL, "recipe": self._recipe_hash, "complete": complete}
-        write_atomic(self.work / _RUN, _dumps(record))
+        record = {"tool": _TOOL, "recipe": self._recipe_hash, "inputs": self._inputs}
+        write_atomic(self.work / _RUN, _dumps(record | {"complete": complete}))
 
     def _marker(self, stage: str) -> Path:
         return self.work / "stages" / f"{stage}.json"

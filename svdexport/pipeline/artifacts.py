@@ -22,6 +22,7 @@ from svdexport.files import sha256_file, write_atomic
 from svdexport.models.experts import Experts
 from svdexport.models.loader import load_model
 from svdexport.models.weights import StreamedWeights
+from svdexport.pipeline.inputs import versions
 from svdexport.pipeline.job import Job, ModelUnderWork, key
 from svdexport.recipe import CheckpointExport, Export, GgufExport, OnnxExport
 from svdexport.runtimes import Runtime, open_runtime
@@ -60,6 +61,11 @@ class Artifact:
     @property
     def path(self) -> Path:
         return self.exported.path
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What round trip or parity found wrong."""
+        return self.round_trip or tuple(self.parity.problems if self.parity else ())
 
 
 def artifact_name(spec: Export) -> str:
@@ -106,7 +112,6 @@ def _export(
     stage_key: str,
     packed: Path | None,
 ) -> Exported:
-    stage = f"export {out.parent.name} {out.name}".replace("out ", "", 1)
     record = job.work / "exports" / f"{out.parent.name}-{out.name}.json"
     scratch = job.work / "base"
 
@@ -121,8 +126,12 @@ def _export(
         for note in made.notes:
             job.reporter.note(note)
 
-    job.stage(stage, stage_key, [out, record], make)
+    job.stage(_export_stage(out), stage_key, [out, record], make)
     return _EXPORTED.validate_json(record.read_bytes())
+
+
+def _export_stage(out: Path) -> str:
+    return f"export {out.parent.name} {out.name}".replace("out ", "", 1)
 
 
 def _checked(
@@ -133,7 +142,8 @@ def _checked(
     opened: Checkpoint,
     exported: Exported,
 ) -> Artifact:
-    """Round trip and parity; a result is kept, since it depends on the file's bytes alone."""
+    """Round trip and parity. A good result is kept, for the same bytes in the same runtimes; after
+    a bad one the next run writes and checks the file again."""
     files = file_hashes(exported.path)
     name = f"{exported.path.parent.name}-{exported.path.name}"
     record = job.work / "checks" / f"{name}.json"
@@ -144,9 +154,14 @@ def _checked(
         write_atomic(record, _PARITY.dump_json(found))
 
     written = [record] if problems else [record, evidence_file(job, exported.path)]
-    job.stage(f"check {role} {exported.path.name}", key(files), written, make)
+    stage = f"check {role} {exported.path.name}"
+    job.stage(stage, key(files, versions()), written, make)
     parity = _PARITY.validate_json(record.read_bytes())
-    return Artifact(spec, role, exported, files, problems, parity)
+    artifact = Artifact(spec, role, exported, files, problems, parity)
+    if artifact.problems:
+        job.rundir.forget(stage)
+        job.rundir.forget(_export_stage(exported.path))
+    return artifact
 
 
 def file_hashes(path: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdexport import __version__
 from svdexport.allocate import STRATEGIES
 from svdexport.core.linears import is_transposed
 from svdexport.core.machine import describe
@@ -132,14 +133,15 @@ def _compare(
             recipe.calibration, recipe.evaluate, model, tokenizer, reporter.progress
         )
     place = _Place(recipe, source.folder, model, discover(model), calibration, windows, threads)
-    done = place.done(earlier(out, place.identity(ratios)))
+    identity = place.identity(ratios)
+    done = place.done(earlier(out, identity))
     recipes = {c.label: place.recipe_of(c, ratios[0]) for c in chosen if c.label not in done}
     with reporter.stage("dense"):
         dense = place.perplexity()
     with reporter.stage("factors"):
         folders = place.factorize(recipes, work, reporter)
     found = Comparison(
-        identity=place.identity(ratios),
+        identity=identity,
         model=source.given.name,
         dense=dense,
         ratios=tuple(ratios),
@@ -202,6 +204,7 @@ class _Place:
         """Of what all contenders share, so that figures of another run can stand beside these."""
         own = {"method", "settings", "allocate", "allocation", "group", "budget", "sequential"}
         shared = [
+            __version__,
             self.recipe.compress.model_dump(mode="json", exclude=own),
             self.recipe.calibration.precision,
             list(ratios),
@@ -209,8 +212,8 @@ class _Place:
         digest = hashlib.sha256(json.dumps(shared).encode())
         for tokens in (self.calibration, self.windows):
             digest.update(tokens.numpy().tobytes())
-        weight = next(self.model.parameters())  # the embedding stands for the model
-        digest.update(weight.detach().float().numpy().tobytes())
+        for name, weight in self.model.state_dict().items():
+            digest.update(name.encode() + weight.float().numpy().tobytes())
         return digest.hexdigest()
 
     def entry(self, contender: Contender, figures: tuple[Figure, ...]) -> Entry:

@@ -6,7 +6,8 @@ import importlib.util
 import platform
 from typing import Any
 
-from svdexport.pipeline.job import default_threads, versions
+from svdexport.pipeline.inputs import versions
+from svdexport.pipeline.job import default_threads
 
 # module -> (pip extra, what it is for)
 PARTS = {

@@ -12,9 +12,9 @@ from typing import Literal, get_args
 
 from svdexport.errors import RecipeError
 from svdexport.files import write_atomic
-from svdexport.models.loader import Source, open_source
+from svdexport.models.loader import configuration_of
 from svdexport.models.shapes import Shapes, shapes_of
-from svdexport.recipe import Model, load_recipe
+from svdexport.recipe import load_recipe
 
 Target = Literal["laptop", "phone", "browser", "server"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -46,10 +46,8 @@ def draft(model: Path, target: Target, out: Path) -> Path:
         raise RecipeError(f"--for {target}: not a target; known: {', '.join(TARGETS)}")
     if out.exists():
         raise RecipeError(f"{out}: exists; remove it, or name another file with --out")
-    given = Model(gguf=model) if model.is_file() else Model(path=model)
     with tempfile.TemporaryDirectory(prefix="svdexport-") as scratch:
-        source = open_source(given, Path(scratch)) if model.is_file() else Source(model, None)
-        shapes = shapes_of(source.folder)
+        shapes = shapes_of(configuration_of(model, Path(scratch)) if model.is_file() else model)
     write_atomic(out, _text(model, target, out, shapes))
     load_recipe(out)  # what is handed out must be right
     return out

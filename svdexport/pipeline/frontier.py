@@ -19,6 +19,7 @@ from svdexport.export import ExportRequest, exporter, gguf_base
 from svdexport.export.gguf_importance import read_importance
 from svdexport.export.gguf_plan import find_matches
 from svdexport.files import write_atomic
+from svdexport.pipeline.inputs import inputs_key
 from svdexport.pipeline.job import Job, ModelUnderWork, key
 from svdexport.pipeline.quantize import quantize_exports
 from svdexport.pipeline.stages import run_compression
@@ -50,7 +51,8 @@ def frontier(job: Job, budgets: Sequence[int], plain: Sequence[str], speed: bool
     Without mixes: those of ``PLAIN``.
 
     Raises:
-        RecipeError: the recipe has no budget in bytes, or a mix is unknown.
+        RecipeError: the recipe has no budget in bytes, a mix is unknown, or speeds lack the mix
+            that they are taken against.
     """
     if not job.recipe.compress.by_bytes:
         raise RecipeError("frontier needs a recipe with compress.budget: {bytes: ...}")
@@ -58,6 +60,11 @@ def frontier(job: Job, budgets: Sequence[int], plain: Sequence[str], speed: bool
     unknown = sorted(set(plain) - set(MIXES))
     if unknown:
         raise RecipeError(f"{unknown[0]}: not a plain type; one of {', '.join(MIXES)}")
+    if speed and SPEED_BASELINE not in plain:
+        raise RecipeError(
+            f"speeds are taken against {SPEED_BASELINE}: add --plain {SPEED_BASELINE}, or give "
+            f"--no-speed"
+        )
     model = ModelUnderWork(job)
     folder = job.rundir.staging / "files"
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +125,8 @@ def _ours(job: Job, model: ModelUnderWork, budget: int, folder: Path) -> Path:
         if problems:
             raise ArtifactError(f"{out.name}: {problems[0]}")
 
-    job.stage(f"frontier {_name(budget)}", key(recipe_hash(recipe)), [out], make)
+    stage_key = key(recipe_hash(recipe), inputs_key(recipe))
+    job.stage(f"frontier {_name(budget)}", stage_key, [out], make)
     return out
 
 
@@ -134,7 +142,8 @@ def _plain(job: Job, model: ModelUnderWork, mix: str, folder: Path) -> Path:
         weights = {name: found for name, found in named.items() if found is not None}
         quantize_file(base.file.path, out, mix, job.threads, weights)
 
-    job.stage(f"frontier {mix}", key(mix, job.recipe.calibration), [out], make)
+    stage_key = key(mix, job.recipe.calibration, inputs_key(job.recipe))
+    job.stage(f"frontier {mix}", stage_key, [out], make)
     return out
 
 
@@ -149,7 +158,7 @@ def _quality(job: Job, model: ModelUnderWork, path: Path) -> Quality:
         write_atomic(record, _QUALITY.dump_json(found))
 
     state = path.stat()
-    stage_key = key(state.st_size, state.st_mtime_ns, windows.tolist())
+    stage_key = key(state.st_size, state.st_mtime_ns, windows.tolist(), inputs_key(job.recipe))
     job.stage(f"quality {path.name}", stage_key, [record], make)
     return _QUALITY.validate_json(record.read_bytes())
 
@@ -168,8 +177,6 @@ def _measured(job: Job, model: ModelUnderWork, path: Path, windows: np.ndarray) 
 
 def _speeds(job: Job, files: dict[str, Path]) -> dict[str, tuple[Speedup | None, Speedup | None]]:
     """(prefill, decode) of each file against llama.cpp's Q4_0, timed in turn with it."""
-    if SPEED_BASELINE not in files:
-        raise RecipeError(f"speeds are taken against {SPEED_BASELINE}: add it to the plain types")
     recipe = job.recipe.speed
     context = max(*recipe.prefill, recipe.decode * 2) + 64
     wanted = SpeedSettings(

@@ -6,11 +6,9 @@ import hashlib
 import json
 import math
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +25,6 @@ from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import Recipe
 from svdexport.rundir import RunDir
 from svdexport.safety import check_safetensors
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "numpy",
-    "safetensors",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-genai",
-    "gguf",
-    "llama-cpp-python",
-)
 
 
 @dataclass(frozen=True)
@@ -169,14 +155,3 @@ def source_key(source: Source) -> str:
     paths = [source.gguf] if source.gguf else sorted(source.folder.glob("*"))
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.is_file()]
     return key(stats)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the results."""
-    found = {"svdexport": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -16,6 +16,7 @@ from svdexport.checkpoint import is_encoder
 from svdexport.core.measures import ArtifactSpeed, Embeddings, Quality, SpeedReport, SpeedSettings
 from svdexport.files import write_atomic
 from svdexport.pipeline.artifacts import Artifact
+from svdexport.pipeline.inputs import versions
 from svdexport.pipeline.job import Job, ModelUnderWork, key
 from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import CheckpointExport, Export, Recipe
@@ -47,7 +48,8 @@ def measure_quality(
         return {}  # no next token to be surprised by; see measure_embeddings
     windows = load_file(job.work / "tokens.safetensors")["evaluation"]
     record = job.work / "quality.json"
-    stage_key = key([a.files for a in artifacts], [a.role for a in artifacts], windows.tolist())
+    whose = [(a.role, a.files) for a in artifacts]
+    stage_key = key(whose, windows.tolist(), versions())
 
     def make() -> None:
         folder = job.work / "reference"

@@ -57,8 +57,7 @@ def _changed_files(folder: Path, files: dict[str, dict[str, Any]]) -> Iterator[t
             yield name, f"{name}: its sha256 differs from the manifest"
     for path in all_files([folder]):
         name = path.relative_to(folder).as_posix()
-        hidden = any(part.startswith(".") for part in Path(name).parts)  # .git, .gitattributes
-        if name not in files and name != manifest.NAME and not hidden:
+        if name not in files and name != manifest.NAME and not manifest.hidden(Path(name)):
             yield name, f"{name}: not in the manifest"
 
 

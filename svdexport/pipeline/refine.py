@@ -89,7 +89,8 @@ def run_refinement(
         files = [out, record]
         if index == last:
             files.append(importance)
-        job.stage(f"refine {config.method}", origin, files, make)
+        place = "" if last == 0 else f"{index + 1} "
+        job.stage(f"refine {place}{config.method}", origin, files, make)
         notes += _NOTES.validate_json(record.read_bytes())
         checkpoint = out
     return RefinedCheckpoint(checkpoint, importance, tuple(notes), origin)

@@ -26,7 +26,8 @@ from svdexport.core.measures import (
 from svdexport.files import sha256_file
 from svdexport.pipeline.artifacts import Artifact, evidence_file, export_all
 from svdexport.pipeline.factors import statistics
-from svdexport.pipeline.job import Job, ModelUnderWork, versions
+from svdexport.pipeline.inputs import versions
+from svdexport.pipeline.job import Job, ModelUnderWork
 from svdexport.pipeline.measure import (
     SPEED_RUNTIME,
     artifact_key,
@@ -78,7 +79,7 @@ def run(job: Job, invocation: Invocation) -> Outcome:
     compressed = run_compression(job, model)
     quantized = quantize_exports(job, model, compressed)
     artifacts = export_all(job, model, compressed.checkpoint, quantized.key, quantized.folders)
-    intact = not any(a.round_trip or (a.parity and a.parity.problems) for a in artifacts)
+    intact = not any(artifact.problems for artifact in artifacts)
     quality: dict[str, Quality] = {}
     embeddings: dict[str, Embeddings] = {}
     speed: dict[str, ArtifactSpeed] = {}
@@ -149,7 +150,7 @@ def _measured(
     for artifact in artifacts:
         name = artifact_key(artifact)
         if artifact.role != "compressed":
-            if artifact.round_trip or (artifact.parity and artifact.parity.problems):
+            if artifact.problems:
                 judged.append(
                     Measured(name, 0, parity=artifact.parity, round_trip=artifact.round_trip)
                 )
@@ -230,6 +231,7 @@ def _result(
             *plan_notes(compressed.plan),
             *embedding_notes(artifacts),
             *moment_notes(job, compressed),
+            *damping_notes(recipe),
             *json.loads((job.work / TROUBLE).read_text(encoding="utf-8")),
             *compressed.notes,
             (job.work / MEMORY).read_text(encoding="utf-8"),
@@ -290,8 +292,18 @@ def moment_notes(job: Job, compressed: Compressed) -> tuple[str, ...]:
     if not starved:
         return ()
     return (
-        f"{starved} linears have more inputs than calibration has tokens ({tokens}): their moments "
-        f"are singular and were damped; give more calibration.samples",
+        f"{starved} linears have more inputs than calibration has tokens ({tokens}): the moments "
+        "of their inputs are singular; give more calibration.samples",
+    )
+
+
+def damping_notes(recipe: Recipe) -> tuple[str, ...]:
+    """Whether a damping was asked for that the method does not read."""
+    if "damping" not in recipe.compress.model_fields_set or "gradients" in statistics(recipe):
+        return ()
+    return (
+        "compress.damping is added to moments of output gradients; method "
+        f"{recipe.compress.method} uses none and does not read it",
     )
 
 

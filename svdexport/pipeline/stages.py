@@ -25,6 +25,7 @@ from svdexport.pipeline import compress, speed_budget
 from svdexport.pipeline.byte_budget import allocate_bytes
 from svdexport.pipeline.factor_files import importance, moment_trouble
 from svdexport.pipeline.factors import chosen_groups, factorize_blocks, finished_blocks, statistics
+from svdexport.pipeline.inputs import texts_stamp
 from svdexport.pipeline.job import Job, ModelUnderWork, key, source_key
 from svdexport.pipeline.refine import run_refinement
 from svdexport.pipeline.sequential import fitted_dense, refactor_in_sequence
@@ -64,7 +65,7 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
     else:
         check_gates(recipe, ("min_cosine", "min_rank_correlation"), "only an encoder's embeddings")
     origin = source_key(model.source)
-    tokens_key = key(origin, recipe.calibration, recipe.evaluate, _stamp(recipe.calibration.file))
+    tokens_key = key(origin, recipe.calibration, recipe.evaluate, texts_stamp(recipe))
     tokens = job.work / "tokens.safetensors"
     job.stage("text", tokens_key, [tokens], lambda: _write_tokens(job, model, tokens))
 
@@ -146,12 +147,6 @@ def check_gates(recipe: Recipe, names: tuple[str, ...], whose: str) -> None:
     for name in names:
         if getattr(recipe.gates, name) is not None:
             raise RecipeError(f"gates.{name}: there for {whose}; leave it out")
-
-
-def _stamp(path: Path | None) -> list[int]:
-    if path is None or not path.exists():
-        return []
-    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def _write_tokens(job: Job, model: ModelUnderWork, path: Path) -> None:

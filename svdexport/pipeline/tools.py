@@ -8,13 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from svdexport.checkpoint import Checkpoint
+from svdexport.checkpoint import Checkpoint, is_encoder
 from svdexport.core.measures import SpeedSettings
 from svdexport.errors import InputError, RecipeError
 from svdexport.models.corpus import read_text
 from svdexport.pipeline.reporter import Reporter
 from svdexport.runtimes import open_runtime
 from svdexport.runtimes.artifact import kind, size_bytes
+from svdexport.runtimes.encoder_rt import is_encoder_graph
 from svdexport.safety.model_folder import check_model_folder
 
 
@@ -69,7 +70,10 @@ def bench_artifacts(
     threads: int,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """``bench``: SpeedReport as a dictionary; the first path is the baseline."""
+    """``bench``: SpeedReport as a dictionary; the first path is the baseline.
+
+    An encoder writes no text: where one is among the artifacts, prefill alone is timed.
+    """
     from svdexport.verify.speed import measure
 
     if len(paths) < 1:
@@ -83,13 +87,21 @@ def bench_artifacts(
             opened = checked_runtime(path, threads, context, name)
             stack.callback(opened.close)
             runtimes.append(opened)
-        settings = SpeedSettings(threads, rounds, prefill, decode)
+        steps = 0 if any(map(_is_encoder, paths)) else decode
+        settings = SpeedSettings(threads, rounds, prefill, steps)
         report = measure(runtimes, settings, reporter.progress)
     return dataclasses.asdict(report)
 
 
 def _is_genai(path: Path) -> bool:
     return path.is_dir() and (path / "genai_config.json").exists()
+
+
+def _is_encoder(path: Path) -> bool:
+    form = kind(path)
+    if form == "onnx":
+        return path.is_dir() and is_encoder_graph(path)
+    return form == "checkpoint" and is_encoder(Checkpoint.open(path).config)
 
 
 def checked_runtime(path: Path, threads: int, context: int, name: str | None) -> Any:

@@ -65,6 +65,22 @@ class GgufExport(_Section):
             raise ValueError("base: is for form: stock_lora only")
         return self
 
+    @model_validator(mode="after")
+    def _mixed_types(self) -> GgufExport:
+        keys = ("type_a", "type_b", "embedding_type", "head_type")
+        given = [key for key in keys if getattr(self, key) is not None]
+        if self.type == "mixed" and given:
+            raise ValueError(
+                f"type: mixed takes every type from compress.budget.types; leave out {given[0]}"
+            )
+        return self
+
+    @property
+    def all_float(self) -> bool:
+        """Whether neither linears nor factors are quantised."""
+        asked = {self.type, self.type_a or self.type, self.type_b or self.type}
+        return asked <= {"F32", "F16", "BF16"}
+
     @property
     def label(self) -> str:
         """Type and what differs from the defaults, for file names: ``Q4_0``, ``Q4_0-b-Q8_0``."""

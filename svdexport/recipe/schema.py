@@ -131,7 +131,8 @@ class Compress(_Section):
         default=0.1,
         ge=0,
         le=10,
-        description="added to the moments, as a share of their mean eigenvalue",
+        description="of kfac_svd: added to the moments of the output gradients, as a share of "
+        "their mean eigenvalue",
     )
     sequential: bool = Field(
         default=False,
@@ -286,6 +287,16 @@ class Recipe(_Section):
     _written: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
+    def _something_is_quantised(self) -> Recipe:
+        floats = ("fp32", "fp16")
+        if self.quantize is not None and all(
+            e.all_float if isinstance(e, GgufExport) else getattr(e, "precision", "fp32") in floats
+            for e in self.export
+        ):
+            raise ValueError("quantize: no export has a quantised type; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _tuned_files(self) -> Recipe:
         if self.quantize is not None and self.quantize.tune is not None:
             others = [e for e in self.export if getattr(e, "form", "") not in ("pairs", "stock")]
@@ -293,6 +304,12 @@ class Recipe(_Section):
                 raise ValueError(
                     "quantize.tune is for GGUF exports of form pairs or stock; leave out "
                     f"{others[0].format}"
+                )
+            floats = [e for e in self.export if isinstance(e, GgufExport) and e.all_float]
+            if floats:
+                raise ValueError(
+                    "quantize.tune trains the norms between quantised weights; leave out the "
+                    f"export of type {floats[0].type}"
                 )
         return self
 

@@ -20,10 +20,11 @@ _SIZE = re.compile(r"^([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]?B|[KMG]iB)$", re.I
 
 
 def parse_bytes(value: Any) -> Any:
-    """Bytes of ``60MB`` (1 MB = 10**6) or ``60MiB`` (2**20); anything but text is left as it is."""
+    """Bytes of ``60MB`` (1 MB = 10**6), ``60MiB`` (2**20) or ``60000000``; a number stays one."""
     if not isinstance(value, str):
         return value
-    match = _SIZE.match(value.strip())
+    text = value.strip()
+    match = _SIZE.match(f"{text}B" if text.isdigit() else text)
     if match is None:
         raise ValueError(f"{value[:40]!r} is not a size; write bytes, or for example 60MB")
     return round(float(match[1]) * _UNITS[match[2].upper()])

@@ -1,8 +1,8 @@
 """`manifest.json`: what a published folder holds, how it was made, and how to repeat each figure.
 
 It is the run's result (`result.to_dict`) with two more keys: `files`, the size and sha256 of
-every file of the folder but itself, and `figures`, each with the command that repeats it. Write
-it last.
+every file of the folder but itself and hidden ones, and `figures`, each with the command that
+repeats it. Write it last.
 """
 
 from __future__ import annotations
@@ -37,12 +37,17 @@ def write(result: RunResult, folder: Path) -> Path:
             "sha256": sha256_file(path),
         }
         for path in all_files([folder])
-        if path != folder / NAME
+        if path != folder / NAME and not hidden(path.relative_to(folder))
     }
     data["figures"] = list(figures(result))
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomic(folder / NAME, text)
     return folder / NAME
+
+
+def hidden(name: Path) -> bool:
+    """Whether a file belongs to whoever holds the folder, such as ``.git/config``."""
+    return any(part.startswith(".") for part in name.parts)
 
 
 def read(folder: Path) -> tuple[RunResult, dict[str, dict[str, Any]]]:

@@ -32,6 +32,8 @@ _CODE_ASKING = (
     "video_preprocessor_config.json",
 )
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_SLOTS = ".lr_slots.weight"  # a group's factors in the remapped layout (svdexport.core.remap)
+_SCALE_SLOTS = 4
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,9})\.")
 
 
@@ -186,7 +188,9 @@ def _no_weights(folder: Path) -> InputError:
 def _check_dtypes(model: ModelFolder) -> None:
     """Weights must be plain floating-point numbers: a quantised model has lost what is needed."""
     quantization = model.config.get("quantization_config")
+    remapped = False
     if isinstance(quantization, dict):
+        remapped = quantization.get("remapped") is not None
         method = quantization.get("quant_method")
         if method != "svdexport":
             raise InputError(
@@ -194,9 +198,11 @@ def _check_dtypes(model: ModelFolder) -> None:
                 f"original weights"
             )
     for name, info in model.tensors.items():
-        if name.endswith(".weight") and len(info.shape) > 1 and info.dtype not in _FLOATS:
+        slots = remapped and name.endswith(_SLOTS)
+        allowed, kind = ({"I16"}, "I16") if slots else (_FLOATS, "floating point")
+        if name.endswith(".weight") and len(info.shape) > 1 and info.dtype not in allowed:
             raise InputError(
-                f"{model.shards[name]}: tensor {quoted(name)} is {info.dtype}, not floating point; "
+                f"{model.shards[name]}: tensor {quoted(name)} is {info.dtype}, not {kind}; "
                 f"give the original weights"
             )
 
@@ -210,25 +216,62 @@ def _check_pairs(model: ModelFolder) -> None:
     low_rank = section.get("low_rank")
     if not isinstance(low_rank, dict):
         raise InputError(f"{where}: quantization_config.low_rank is missing")
+    pairs = {name: _rank_and_group(where, name, entry) for name, entry in low_rank.items()}
+    slots = _slot_widths(where, section.get("remapped"), pairs)
     embedding = section.get("embedding")
     if embedding is not None:
         name = embedding.get("name") if isinstance(embedding, dict) else None
         if not isinstance(name, str):
             raise InputError(f"{where}: quantization_config.embedding needs a name and a rank")
-        low_rank = low_rank | {name: {"rank": embedding.get("rank"), "group": name}}
-    for name, entry in low_rank.items():
-        rank = entry.get("rank") if isinstance(entry, dict) else None
-        group = entry.get("group") if isinstance(entry, dict) else None
-        if type(rank) is not int or rank < 1 or not isinstance(group, str):
-            raise InputError(f"{where}: low_rank of {quoted(name)} needs a rank and a group")
-        for tensor, axis in ((f"{group}.lr_a.weight", 0), (f"{name}.lr_b.weight", 1)):
+        pairs[name] = _rank_and_group(where, name, embedding | {"group": name})
+    for name, (rank, group) in pairs.items():
+        shapes: dict[str, tuple[int | None, int | None]] = {
+            f"{group}.lr_a.weight": (rank, None),
+            f"{name}.lr_b.weight": (None, rank),
+        }
+        if name in slots:
+            shapes = {f"{group}{_SLOTS}": (rank, slots[name])}
+        for tensor, shape in shapes.items():
             info = model.tensors.get(tensor)
             if info is None:
                 raise InputError(f"{where}: tensor {quoted(tensor)} is missing")
-            if len(info.shape) != 2 or info.shape[axis] != rank:
+            fits = (size in (None, found) for size, found in zip(shape, info.shape, strict=False))
+            if len(info.shape) != 2 or not all(fits):
                 raise InputError(
                     f"{where}: rank {rank}, but tensor {quoted(tensor)} has shape {info.shape}"
                 )
+
+
+def _rank_and_group(where: str, name: str, entry: Any) -> tuple[int, str]:
+    rank = entry.get("rank") if isinstance(entry, dict) else None
+    group = entry.get("group") if isinstance(entry, dict) else None
+    if type(rank) is not int or rank < 1 or not isinstance(group, str):
+        raise InputError(f"{where}: low_rank of {quoted(name)} needs a rank and a group")
+    return rank, group
+
+
+def _slot_widths(where: str, remapped: Any, pairs: dict[str, tuple[int, str]]) -> dict[str, int]:
+    """Columns of the slots that hold each linear's pair; empty in the ordinary layout.
+
+    ``remapped`` has (m, n) of each linear; a group's members are stacked along m.
+    """
+    if remapped is None:
+        return {}
+    if not (
+        isinstance(remapped, dict)
+        and remapped.keys() == pairs.keys()
+        and all(isinstance(shape, list) and len(shape) == 2 for shape in remapped.values())
+        and all(type(size) is int and size > 0 for shape in remapped.values() for size in shape)
+    ):
+        raise InputError(f"{where}: quantization_config.remapped does not fit low_rank")
+    stacked: dict[str, tuple[int, int]] = {}
+    for name, (_, group) in pairs.items():
+        m, n = remapped[name]
+        rows, inputs = stacked.get(group, (0, n))
+        if n != inputs:
+            raise InputError(f"{where}: quantization_config.remapped: inputs of a group differ")
+        stacked[group] = (rows + m, n)
+    return {name: max(stacked[group]) + _SCALE_SLOTS for name, (_, group) in pairs.items()}
 
 
 def _check_sizes(model: ModelFolder) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from svdexport import api
 from svdexport.checkpoint import Checkpoint
@@ -113,6 +115,13 @@ def test_what_was_measured_on_the_same_tokens_is_not_measured_again(recipe: Path
     assert second["svd_llm"] == first["svd_llm"]  # to the seconds that it took
     third = entries("fwsvd", change="calibration.samples=3")
     assert list(third) == ["fwsvd"]  # other tokens: what was there cannot stand beside it
+    other = recipe.parent / "other"
+    shutil.copytree(recipe.parent / "model", other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    assert list(entries("svd", change=f"model.path={recipe.parent / 'model'}")) == ["svd"]
+    assert list(entries("fwsvd", change=f"model.path={other}")) == ["fwsvd"]  # another model
 
 
 def entry_of(label: str, allocate: str, figure: Figure) -> Entry:

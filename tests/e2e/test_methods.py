@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from svdexport import api
 from svdexport.allocate import STRATEGIES
@@ -56,6 +57,16 @@ def checked(recipe: Path, name: str, *overrides: str) -> Checkpoint:
         logits = load_model(folder)(tokens).logits
     assert torch.isfinite(logits).all()
     return found
+
+
+def test_an_evaluation_text_that_was_changed_is_read_again(recipe: Path) -> None:
+    text = recipe.parent / "evaluation.txt"
+    read = []
+    for words in (WORDS, WORDS.upper()):
+        text.write_text(words * 60)
+        checkpoint = api.compress(recipe, recipe.parent / "stamped", [f"evaluate.text={text}"])
+        read.append(load_file(checkpoint.parent / "tokens.safetensors")["evaluation"])
+    assert not torch.equal(*read)
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))

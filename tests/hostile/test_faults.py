@@ -16,6 +16,7 @@ import pytest
 from svdexport.errors import RecipeError, ResourceError
 from svdexport.files import atomic_file, resource_errors, sha256_file
 from svdexport.rundir import MANIFEST, RunDir
+from tests.hostile.makers import write_model
 
 STAGES = 6
 
@@ -173,3 +174,33 @@ def test_memory_that_runs_out_is_exit_6(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["eval", "bench", "load"])
+def test_a_model_that_does_not_fit_is_exit_6(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    import torch
+
+    from svdexport import api
+    from svdexport.models import loader
+    from svdexport.runtimes import torch_rt
+
+    class Huge:
+        @staticmethod
+        def from_pretrained(*args: object, **kwargs: object) -> torch.Tensor:
+            return torch.empty(2**48)
+
+    for module in (loader, torch_rt):
+        monkeypatch.setattr(module, "auto_class", lambda folder: Huge)
+    folder, text = write_model(tmp_path / "m"), tmp_path / "t.txt"
+    text.write_text("some words")
+    with pytest.raises(ResourceError, match="out of memory") as caught:
+        if command == "eval":
+            api.evaluate(folder, text, threads=1)
+        elif command == "bench":
+            api.bench([folder], threads=1)
+        else:
+            with resource_errors("run"):
+                loader.load_model(folder)
+    assert ("last finished stage" in str(caught.value)) == (command == "load")

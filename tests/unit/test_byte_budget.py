@@ -213,6 +213,8 @@ def test_only_the_types_that_are_given_are_chosen(tmp_path: Path) -> None:
     ("changes", "word"),
     [
         ({"type: mixed": "type: Q4_0"}, "needs one export"),
+        ({"type: mixed": "type: mixed, head_type: Q8_0"}, "leave out head_type"),
+        ({"type: mixed": "type: mixed, type_a: F16"}, "leave out type_a"),
         ({"quantize: {algorithm: gptq}\n": ""}, "quantize section"),
         ({"{budget": "{method: svd_llm, budget"}, "method: kfac_svd"),
         ({"bytes: BYTES": "bytes: 1MB, param_ratio: 0.5"}, "exactly one of"),

@@ -9,8 +9,10 @@ import pytest
 
 from svdexport import api
 from svdexport.errors import InputError, RecipeError
+from svdexport.export import gguf_base
 from svdexport.pipeline.draft import TARGETS
 from svdexport.recipe import load_recipe
+from tests.unit.gguf_models import make_model
 from tests.unit.test_plan import LLAMA_70B
 
 SMALL = LLAMA_70B | {
@@ -61,6 +63,31 @@ def test_a_large_model_gets_four_bits_in_whole_blocks(tmp_path: Path) -> None:
     recipe = load_recipe(api.init(folder(tmp_path / "m", large), "laptop", tmp_path / "r.yaml"))
     assert recipe.export[0].type == "Q4_K"  # type: ignore[union-attr]
     assert recipe.compress.rank_multiple == 256
+
+
+def test_a_recipe_has_the_models_whole_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = api.init(folder(tmp_path / "Qwen2.5-0.5B", SMALL), "laptop")
+    assert out == Path("Qwen2.5-0.5B-laptop.yaml")
+
+
+def test_of_a_gguf_the_header_alone_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from svdexport.models import loader
+
+    def read(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the weights were read")
+
+    make_model(tmp_path / "made", "Llama", hidden_size=128, intermediate_size=160)
+    gguf_base.convert(tmp_path / "made", tmp_path / "tiny-1.5.gguf", "f16")
+    monkeypatch.setattr(loader, "convert_gguf", read)
+    monkeypatch.chdir(tmp_path)
+    out = api.init(tmp_path / "tiny-1.5.gguf", "phone")
+    assert out == Path("tiny-1.5-phone.yaml")
+    assert load_recipe(out).model.gguf == tmp_path / "tiny-1.5.gguf"
 
 
 def test_nothing_is_overwritten_and_wrong_targets_are_named(tmp_path: Path) -> None:

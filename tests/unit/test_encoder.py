@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from svdexport import api
-from svdexport.checkpoint import is_encoder
+from svdexport.checkpoint import Checkpoint, is_encoder
 from svdexport.errors import InputError, RecipeError
 from svdexport.export.onnx import LAST_FILE, MODEL_FILE, check_round_trip
 from svdexport.models.calibrate import calibrate
@@ -118,6 +118,18 @@ def test_a_checkpoint_loads_as_the_encoder_it_is(tmp_path: Path) -> None:
     assert type(model).__name__ == "BertModel"
     first = model.get_submodule("encoder.layer.0.intermediate.dense")
     assert first.rank == 32
+
+
+def test_of_an_encoder_bench_times_prefill_alone(tmp_path: Path) -> None:
+    make_encoder(tmp_path / "source")
+    compress(tmp_path / "source", tmp_path / "low", GROUPS)
+    run_export(tmp_path / "source", Checkpoint.open(tmp_path / "source"), tmp_path / "onnx", "fp32")
+    paths = [tmp_path / name for name in ("source", "low", "onnx")]
+    found = api.bench(paths, rounds=1, prefill=(16,), decode=4, threads=1)
+    assert [a["runtime"] for a in found["artifacts"]] == ["torch", "torch", "onnxruntime"]
+    for artifact in found["artifacts"]:
+        assert [timing["metric"] for timing in artifact["timings"]] == ["prefill_16"]
+        assert artifact["decode_speedup"] is None
 
 
 def test_other_poolings_are_refused(tmp_path: Path) -> None:

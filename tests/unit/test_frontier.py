@@ -13,6 +13,7 @@ from svdexport.core.measures import Speedup
 from svdexport.errors import RecipeError
 from svdexport.pipeline.reporter import Reporter
 from svdexport.report.frontier import Point, page, pictures, sentence
+from tests.hostile.makers import write_model
 from tests.unit.gguf_models import make_model
 from tests.unit.test_byte_budget import RECIPE
 
@@ -56,6 +57,15 @@ def test_table_and_pictures_show_every_file() -> None:
         labels = [e.text for e in ElementTree.fromstring(svg).iter() if e.text]
         shown = [p.name for p in POINTS if name == "quality-bytes.svg" or p.name != "Q4_0"]
         assert set(shown) <= set(labels)
+
+
+def test_speeds_without_their_baseline_are_refused_before_any_work(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.replace("BYTES", "400000"))
+    with pytest.raises(RecipeError, match="--plain Q4_0, or give --no-speed"):
+        api.frontier(recipe, [400_000], tmp_path / "frontier", plain=["Q8_0"])
+    assert not list((tmp_path / ".frontier.work").glob("stages/*"))
 
 
 @pytest.mark.slow

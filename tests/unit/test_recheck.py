@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from svdexport import api
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import EXIT_INPUT, InputError, SvdexportError
 from svdexport.export import ExportRequest, exporter
@@ -146,6 +147,14 @@ def test_missing_cut_off_and_added_files_are_named(copy: Path) -> None:
     assert "README.md: missing" in text and "modeling_evil.py: not in the manifest" in text
     assert re.search(r"model-Q8_0\.gguf: \d+ bytes, \d+ in the manifest", text)
     assert ".gitattributes" not in text
+
+
+def test_a_report_in_a_repository_leaves_its_commits_alone(copy: Path) -> None:
+    (copy / ".git").mkdir()
+    (copy / ".git" / "index").write_text("first")
+    api.report(copy)
+    (copy / ".git" / "index").write_text("second commit")
+    recheck(copy)
 
 
 def test_missing_artifact_is_named(copy: Path) -> None:

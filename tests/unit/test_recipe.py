@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svdexport.errors import RecipeError
+from svdexport.pipeline.run import damping_notes
 from svdexport.recipe import (
     Compress,
     GgufExport,
@@ -90,6 +91,14 @@ def test_overrides(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert recipe.evaluate.text == elsewhere / "t.txt"
 
 
+def test_a_damping_that_is_not_read_is_noted(path: Path) -> None:
+    given, other = "compress.damping=0.1", "compress.method=kfac_svd"
+    (note,) = damping_notes(load_recipe(path, [given]))
+    assert "method svd_llm uses none" in note
+    assert damping_notes(load_recipe(path)) == ()
+    assert damping_notes(load_recipe(path, [given, other])) == ()
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -120,6 +129,8 @@ def test_overrides(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("export.1.format=gguf", "export.1.precision: unknown key"),
         ("gates.max_bytes=12XB", "'12XB' is not a size"),
         ("gates.max_bytes=0", "greater than 0"),
+        ("gates.max_bytes='1.5'", "'1.5' is not a size"),
+        ("gates.max_bytes='\u0663'", "is not a size"),
         ("gates.min_same_top=1.5", "gates.min_same_top"),
         ("calibration.source=file", "source is file, so file must say which"),
         ("calibration.file=x", "set source: file"),
@@ -161,7 +172,7 @@ def test_a_missing_key_and_a_missing_file(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("written", "size"),
-    [(7, 7), ("7B", 7), ("1.5 kB", 1500), ("60MB", 60_000_000), ("2MiB", 2**21)],
+    [(7, 7), ("7B", 7), ("1.5 kB", 1500), ("60MB", 60_000_000), ("2MiB", 2**21), ("' 60'", 60)],
 )
 def test_sizes(path: Path, written: Any, size: int) -> None:
     assert load_recipe(path, [f"gates.max_bytes={written}"]).gates.max_bytes == size

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from svdexport import api
 from svdexport.checkpoint import Checkpoint
@@ -78,6 +79,37 @@ def test_a_run_publishes_the_refined_weights_and_says_how(place: Path) -> None:
     assert any(note.startswith("distill: 6 steps, 384 tokens") for note in result.notes)
     assert result.seeds["refine.0"] == 0
     assert not (place / ".done.work" / "refined").exists()
+
+
+def test_a_run_of_another_model_is_not_the_published_one(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "m", tmp_path / "m")
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    quick = ["refine.steps=1"]
+    first = api.run(tmp_path / "r.yaml", tmp_path / "o", quick)
+    again = api.run(tmp_path / "r.yaml", tmp_path / "o", quick)
+    assert again.result == first.result
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    other = api.run(tmp_path / "r.yaml", tmp_path / "o", quick)
+    assert other.result.source != first.result.source
+    assert (
+        Checkpoint.open(tmp_path / "o" / "checkpoint")
+        .tensor("model.norm.weight")
+        .equal(weights["model.norm.weight"])
+    )
+
+
+def test_two_refiners_of_one_method_are_not_repeated(place: Path) -> None:
+    entry = "{method: distill, steps: 1, batch: 2, samples: 4}"
+    line = next(line for line in RECIPE.splitlines() if line.startswith("refine"))
+    (place / "twice.yaml").write_text(RECIPE.replace(line, f"refine: [{entry}, {entry}]"))
+    found = api.compress(place / "twice.yaml", place / "twice")
+    stages = sorted((place / ".twice.work" / "stages").glob("refine*"))
+    assert len(stages) == 2
+    times = [path.stat().st_mtime_ns for path in stages]
+    assert api.compress(place / "twice.yaml", place / "twice") == found
+    assert [path.stat().st_mtime_ns for path in stages] == times
 
 
 def test_what_a_recipe_may_say(place: Path) -> None:

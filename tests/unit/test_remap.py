@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import svdexport
@@ -17,11 +18,14 @@ from svdexport.allocate.base import Candidate
 from svdexport.checkpoint import SLOTS, Checkpoint
 from svdexport.core.remap import SCALE_SLOTS, rank_in, remap, restore, slots_per_rank
 from svdexport.errors import InputError, RecipeError
+from svdexport.export import ExportRequest
+from svdexport.export.checkpoint import export
 from svdexport.models.blocks import InputGroup, Linear
 from svdexport.pipeline.reporter import Reporter
 from svdexport.pipeline.trials import _pairs
-from svdexport.recipe import load_recipe
-from tests.unit.gguf_models import make_model
+from svdexport.recipe import CheckpointExport, load_recipe
+from svdexport.safety import check_model_folder
+from tests.unit.gguf_models import compress, make_model
 
 RECIPE = """\
 schema: 1
@@ -138,6 +142,72 @@ def test_a_remapped_checkpoint_is_what_transformers_loads(tmp_path: Path) -> Non
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="does not fit"):
         Checkpoint.open(folder)
+
+
+def exported(place: Path, *layouts: str) -> list[Path]:
+    """Checkpoints of a tiny model, q, k and v in one group, in each layout."""
+    make_model(place / "model", "Llama", hidden_size=64, intermediate_size=96)
+    low = Checkpoint.open(compress(place / "model", place / "low", 24)[0])
+    folders = []
+    for layout in layouts:
+        spec = CheckpointExport(layout=layout)  # type: ignore[arg-type]
+        request = ExportRequest(low, place / "model", None, place / layout, place, spec)
+        folders.append(export(request).path)
+    return folders
+
+
+def test_a_remapped_checkpoint_is_an_artifact_like_others(tmp_path: Path) -> None:
+    folder, factors = exported(tmp_path, "remapped", "factors")
+    model = check_model_folder(folder)
+    slots = {name: info for name, info in model.tensors.items() if name.endswith(SLOTS)}
+    # q, k and v; o; gate and up; down
+    assert {info.shape for info in slots.values()} == {(24, n + 4) for n in (128, 64, 192, 96)}
+    assert {info.dtype for info in slots.values()} == {"I16"}
+    linears = api.inspect(folder)["linears"]
+    assert {entry["rank"] for entry in linears} == {24}
+    assert {entry["form"] for entry in linears} == {"pair", "shared pair"}
+    text = tmp_path / "t.txt"
+    text.write_text("the model reads what it writes " * 20)
+    found = api.evaluate(folder, text, context=32, windows=1, threads=1)["perplexity"]
+    same = api.evaluate(factors, text, context=32, windows=1, threads=1)["perplexity"]
+    assert found == pytest.approx(same, rel=0.05)
+
+
+def test_wrong_slots_are_refused_with_one_line(tmp_path: Path) -> None:
+    (folder,) = exported(tmp_path, "remapped")
+    config, tensors = folder / "config.json", folder / "model.safetensors"
+    sound, held = json.loads(config.read_text()), load_file(tensors)
+    name = next(name for name in held if name.endswith(f"q_proj{SLOTS}"))
+    linear = name.removesuffix(SLOTS)
+
+    def refused(words: str) -> None:
+        with pytest.raises(InputError, match=words) as caught:
+            api.inspect(folder)
+        assert "\n" not in str(caught.value)
+
+    for changed, words in (
+        (held[name][:, :-1], "rank 24, but tensor .* has shape"),
+        (held[name][1:], "rank 24, but tensor .* has shape"),
+        (held[name].float(), "is F32, not I16"),
+        (None, "is missing"),
+    ):
+        others = {key: value for key, value in held.items() if key != name}
+        new = {} if changed is None else {name: changed.contiguous()}
+        save_file(others | new, tensors)
+        refused(words)
+    save_file(held, tensors)
+    for shapes, words in (
+        ([], "does not fit low_rank"),
+        ({linear: [64, 64]}, "does not fit low_rank"),
+        (sound["quantization_config"]["remapped"] | {linear: [64, True]}, "does not fit low_rank"),
+        (sound["quantization_config"]["remapped"] | {linear: [64, 8]}, "inputs of a group differ"),
+        (None, "I16, not floating point"),
+    ):
+        section = sound["quantization_config"] | {"remapped": shapes}
+        config.write_text(json.dumps(sound | {"quantization_config": section}))
+        refused(words)
+    config.write_text(json.dumps(sound))
+    check_model_folder(folder)
 
 
 def test_a_tried_share_is_one_of_its_own_bytes(tmp_path: Path) -> None:

@@ -256,6 +256,9 @@ def test_manifest_lists_files_and_repeats_figures(tmp_path: Path) -> None:
     result = example_result()
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.bin").write_bytes(b"abc")
+    for name in (".git", "sub/.cache"):  # not ours: what `verify` passes over
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "index").write_bytes(b"changes with each commit")
     card.write(result, tmp_path)
     path = manifest.write(result, tmp_path)
     again, files = manifest.read(tmp_path)

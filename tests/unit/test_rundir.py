@@ -50,6 +50,16 @@ def test_a_run_publishes_only_at_the_end_and_replaces_its_own_output(tmp_path: P
         assert not run.published
 
 
+def test_an_output_of_other_inputs_is_made_anew(tmp_path: Path) -> None:
+    for inputs in ("first", "second"):
+        with RunDir(tmp_path / "out", recipe_hash="r", inputs=inputs) as run:
+            assert not run.published
+            stage_output(run, inputs)
+            run.publish()
+        with RunDir(tmp_path / "out", recipe_hash="r", inputs=inputs) as run:
+            assert run.published
+
+
 def test_publishing_without_a_manifest_is_a_bug(tmp_path: Path) -> None:
     with RunDir(tmp_path / "out", recipe_hash="r") as run:
         run.staging.mkdir()
@@ -81,6 +91,9 @@ def test_another_recipe_needs_a_restart(tmp_path: Path) -> None:
         (run.work / "stats").write_text("old")
         run.mark("calibrate", "k", [run.work / "stats"])
     with pytest.raises(RecipeError, match="--restart"), RunDir(out, recipe_hash="r2"):
+        pass
+    # commands without that option, too, must say what their user can do
+    with pytest.raises(RecipeError, match="remove that folder"), RunDir(out, recipe_hash="r2"):
         pass
     with RunDir(out, recipe_hash="r1") as run:
         assert run.done("calibrate", "k")

@@ -117,3 +117,6 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
     path.write_text(RECIPE.replace("form: stock}", "form: stock}, {format: onnx}"))
     with pytest.raises(RecipeError, match="tune is for GGUF exports"):
         load_recipe(path)
+    path.write_text(RECIPE.replace("form: stock}", "form: stock}, {format: gguf, type: BF16}"))
+    with pytest.raises(RecipeError, match="leave out the export of type BF16"):
+        load_recipe(path)
