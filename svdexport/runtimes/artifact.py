@@ -44,7 +44,7 @@ def size_bytes(path: Path) -> int:
     A GGUF file's adapter, where it says that it has one, is counted with it.
     """
     if path.is_file():
-        beside = adapter_of(path) if kind(path) == "gguf" else None
+        beside = adapter_of(path) if path.suffix == ".gguf" else None
         return path.stat().st_size + (beside.stat().st_size if beside is not None else 0)
     suffixes = (".onnx", ".data", ".safetensors")
     return sum(f.stat().st_size for f in path.iterdir() if f.name.endswith(suffixes))
