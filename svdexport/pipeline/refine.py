@@ -60,6 +60,7 @@ def run_refinement(
     importance = job.work / "refine" / "importance.safetensors"
     batch = job.recipe.calibration.batch
     last = len(job.recipe.refine) - 1
+    methods = [config.method for config in job.recipe.refine]
     for index, config in enumerate(job.recipe.refine):
         origin = key(origin, config.model_dump(), str(_device()))
         name = f"{index + 1}-{config.method}"
@@ -89,7 +90,7 @@ def run_refinement(
         files = [out, record]
         if index == last:
             files.append(importance)
-        place = "" if last == 0 else f"{index + 1} "
+        place = f"{index + 1} " if methods.count(config.method) > 1 else ""
         job.stage(f"refine {place}{config.method}", origin, files, make)
         notes += _NOTES.validate_json(record.read_bytes())
         checkpoint = out
