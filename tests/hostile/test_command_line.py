@@ -138,6 +138,7 @@ def refuse(
         ("11", "not allowed", ["run", "tag.yaml"]),
         ("12", "aliases", ["run", "bomb.yaml"]),
         ("12", "not a recipe", ["run", "large.yaml"]),
+        ("12", "latin.yaml", ["run", "latin.yaml"]),
         ("13", "did you mean 'budget'", ["run", "r.yaml", "--set", "compress.budgt.param_ratio=1"]),
         (
             "13",
@@ -179,6 +180,7 @@ def test_a_wrong_recipe_or_place_is_exit_2(
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "latin.yaml").write_bytes(f"# Übermut\n{RECIPE}".encode("latin-1"))
     (tmp_path / "latin.txt").write_bytes("Übermut ".encode("latin-1") * 100)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "years.txt").write_text("of work")

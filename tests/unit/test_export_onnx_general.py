@@ -13,6 +13,7 @@ from svdexport.checkpoint import Checkpoint
 from svdexport.errors import InputError
 from svdexport.export.onnx import LAST_FILE, MODEL_FILE, check_round_trip, read_back
 from svdexport.export.onnx_builder import load_config
+from svdexport.export.onnx_general import genai_settings
 from svdexport.export.onnx_plan import why_not
 from svdexport.models.loader import load_model
 from svdexport.pipeline.artifacts import load_values as load_read_back
@@ -129,6 +130,13 @@ def _check_left_padding(runtime: OrtRuntime, model: torch.nn.Module, precision: 
     if precision == "fp32":  # the accuracy level is that of the other graph alone
         runtime._open(runtime.path / LAST_FILE)
         assert relative(runtime._session.run(["logits"], used)[0], found[:, -1:]) < 1e-5
+
+
+def test_genai_ends_where_the_generation_config_says(tmp_path: Path) -> None:
+    make_model(tmp_path, "phi3")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5], "pad_token_id": 7}')
+    found = genai_settings(load_config(tmp_path), tmp_path, "x.onnx")["model"]
+    assert (found["eos_token_id"], found["pad_token_id"], found["bos_token_id"]) == ([2, 5], 7, 1)
 
 
 def test_families_go_where_they_are_exact(tmp_path: Path) -> None:
