@@ -5,27 +5,24 @@ Inputs are checked before torch and the runtimes are imported: a wrong one is re
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdexport.core.machine import no_garbage_collection
 from svdexport.errors import ArtifactError, RecipeError
-from svdexport.pipeline.distributed import joined, serve
-from svdexport.pipeline.inputs import inputs_key
 from svdexport.pipeline.preflight import check_artifact, check_inputs, check_text
 from svdexport.pipeline.recheck import recheck
 from svdexport.pipeline.reporter import Reporter
-from svdexport.recipe import Recipe, load_recipe, recipe_hash
-from svdexport.rundir import RunDir, resource_errors
+from svdexport.pipeline.start import started
+from svdexport.recipe import load_recipe, recipe_hash
+from svdexport.rundir import resource_errors
 from svdexport.safety import check_config, check_gguf
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from svdexport.pipeline.draft import Target
-    from svdexport.pipeline.job import Job
     from svdexport.pipeline.repeat import Repeat
     from svdexport.pipeline.run import Outcome
     from svdexport.report.comparison import Comparison
@@ -46,42 +43,6 @@ __all__ = [
     "run",
     "verify",
 ]
-
-
-@contextlib.contextmanager
-def _job(
-    recipe_path: Path,
-    out: Path | str | None,
-    overrides: Sequence[str],
-    restart: bool,
-    reporter: Reporter | None,
-) -> Iterator[Job]:
-    place = Path(out) if out else Path("out") / recipe_path.stem
-    with joined() as ranks:
-        if ranks is not None and ranks.rank:
-            serve(ranks, recipe_path, overrides, place)
-            raise SystemExit(0)
-        recipe = load_recipe(recipe_path, overrides)
-        rundir = RunDir(
-            place,
-            recipe_hash=recipe_hash(recipe),
-            inputs=inputs_key(recipe),
-            protected=protected(recipe),
-            restart=restart,
-        )
-        check_inputs(recipe)
-        from svdexport.core.ranks import ALONE
-        from svdexport.pipeline.job import Job, default_threads
-
-        threads = recipe.speed.threads or default_threads()
-        with resource_errors(str(rundir.work)), rundir:
-            yield Job(recipe, rundir, reporter or Reporter(quiet=True), threads, ranks or ALONE)
-
-
-def protected(recipe: Recipe) -> list[Path]:
-    """What a run reads and must not overwrite."""
-    paths = [recipe.model.path, recipe.model.gguf, recipe.calibration.file, recipe.evaluate.text]
-    return [path for path in paths if path is not None]
 
 
 def run(
@@ -105,7 +66,7 @@ def run(
         RecipeError, InputError, ResourceError: see ``svdexport.errors``.
     """
     path = Path(recipe)
-    with _job(path, out, overrides, restart, reporter) as job:
+    with started(path, out, overrides, restart, reporter) as job:
         from svdexport.pipeline.run import Invocation, Outcome
         from svdexport.pipeline.run import run as run_job
 
@@ -126,7 +87,7 @@ def compress(
     reporter: Reporter | None = None,
 ) -> Path:
     """The stages up to the compressed checkpoint, whose folder (float32 factors) is returned."""
-    with _job(Path(recipe), out, overrides, False, reporter) as job:
+    with started(Path(recipe), out, overrides, False, reporter) as job:
         from svdexport.pipeline.job import ModelUnderWork
         from svdexport.pipeline.stages import run_compression
 
@@ -174,7 +135,7 @@ def export(
     reporter: Reporter | None = None,
 ) -> list[Path]:
     """The stages up to the exported and checked files, left in the run's staging folder."""
-    with _job(Path(recipe), out, overrides, False, reporter) as job:
+    with started(Path(recipe), out, overrides, False, reporter) as job:
         from svdexport.pipeline.artifacts import export_all
         from svdexport.pipeline.job import ModelUnderWork
         from svdexport.pipeline.quantize import quantize_exports
@@ -214,7 +175,7 @@ def frontier(
     place = out or Path("out") / f"{Path(recipe).stem}-frontier"
     if place.exists():
         raise RecipeError(f"{place}: exists already; move it away, or give another --out")
-    with _job(Path(recipe), place, overrides, False, reporter) as job:
+    with started(Path(recipe), place, overrides, False, reporter) as job:
         from svdexport.pipeline.frontier import frontier as find
         from svdexport.pipeline.frontier import publish
 
