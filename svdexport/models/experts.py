@@ -88,14 +88,15 @@ def stack_of(model: nn.Module, linear: str) -> str | None:
 def _is_stack(module: Any) -> bool:
     try:
         from transformers.integrations.moe import _default_apply_gate
-    except ImportError:  # before transformers 5 experts are modules of their own
+    except ImportError:  # a release of transformers that has none
         return False
     return (
         getattr(module, "_apply_gate", None) is not None
         and type(module)._apply_gate is _default_apply_gate
         and module.has_gate
         and module.is_concatenated
-        and not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
+        and not (module.has_bias or module.is_transposed)
+        and not getattr(module, "has_post_expert_norm", False)  # older releases know none
         and module.gate_up_proj.shape[1] == 2 * module.down_proj.shape[2]
     )
 

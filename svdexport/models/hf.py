@@ -65,9 +65,9 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
             replace_embedding(model, EmbeddingSpec(**self.quantization_config.embedding))
         return model
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        """Experts that stand apart are not merged into a stack."""
-        found = super().update_weight_conversions(weight_conversions, model)
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        """Experts that stand apart are not merged into a stack. Older releases pass no model."""
+        found = super().update_weight_conversions(weight_conversions, *model)
         if not experts_apart(self.quantization_config.low_rank):
             return found
         return [c for c in found if not any(".experts.*." in s for s in c.source_patterns)]

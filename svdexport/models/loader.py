@@ -230,7 +230,7 @@ def skeleton(folder: Path, trust_remote_code: bool = False) -> Any:
                 model = auto_class(folder).from_config(config, trust_remote_code=trust_remote_code)
             model.tie_weights()
             separate_experts(model)
-            return model
+            return model.eval()
     except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{folder}: this model's structure cannot be found ({reason})") from None

@@ -103,7 +103,7 @@ def test_other_families_run_block_by_block(family: str) -> None:
     sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
     config = AutoConfig.for_model(family.partition(",")[0], **(sizes | OTHERS[family]))
     with torch.device("meta"):
-        structure = discover(AutoModelForCausalLM.from_config(config))
+        structure = discover(AutoModelForCausalLM.from_config(config).eval())
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     assert structure == discover(model)
