@@ -245,7 +245,7 @@ def verify(
     from svdexport.pipeline.repeat import Wish, repeat
 
     wish = Wish(quality, speed, model, threads or result.threads or 1)
-    with resource_errors(str(place)):
+    with resource_errors(str(place), resumes=False):
         return repeat(place, result, wish, reporter or Reporter(quiet=True))
 
 

@@ -114,6 +114,8 @@ def frontier(
         sizes = [int(parse_bytes(value)) for value in budget]
     except ValueError as error:
         raise RecipeError(f"--budget: {error}") from None
+    if min(sizes, default=1) <= 0:
+        raise RecipeError("--budget: a file has more than 0 bytes; write, for example, 60MB")
     folder = api.frontier(
         recipe,
         sizes,

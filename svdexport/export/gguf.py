@@ -15,7 +15,7 @@ import numpy as np
 from svdexport.checkpoint import Checkpoint
 from svdexport.export import gguf_stock
 from svdexport.export.base import Exported, ExportRequest
-from svdexport.export.gguf_fuse import ARCHITECTURES, fuse_qkv
+from svdexport.export.gguf_fuse import ARCHITECTURES, fuse
 from svdexport.export.gguf_importance import NO_IMPORTANCE, Importance, read_importance
 from svdexport.export.gguf_layout import Layout, LayoutBuilder, PairPlace, Ready, stacked
 from svdexport.export.gguf_norms import trained_gains
@@ -83,8 +83,8 @@ def pairs_of(
 ) -> list[PairPlace]:
     """The places of the pairs that the file of this form has as pairs."""
     kept = places if spec.form == "pairs" else []
-    if spec.fuse_qkv and base.architecture in ARCHITECTURES:
-        return fuse_qkv(kept, checkpoint, base.tensors)
+    if spec.fuse and base.architecture in ARCHITECTURES:
+        return fuse(kept, checkpoint, base.tensors)
     return kept
 
 

@@ -50,7 +50,7 @@ def ready_tensors(
         kinds = {packed.kinds.get(name) for _, name, _ in parts}
         if len(kinds) > 1 and tensor in fused:
             raise InputError(
-                f"{tensor}: its linears were quantised to different types; fuse_qkv: false"
+                f"{tensor}: its linears were quantised to different types; fuse: false"
             )
         kind = kinds.pop()
         if kind is None or kinds or any(part in tensor for part in NOT_QUANTISED):

@@ -10,7 +10,7 @@ import numpy as np
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import MissingExtraError
 from svdexport.export.base import TensorRecord
-from svdexport.export.gguf_fuse import fuse_qkv
+from svdexport.export.gguf_fuse import fuse
 from svdexport.export.gguf_layout import PairPlace
 from svdexport.export.gguf_match import Match
 from svdexport.export.gguf_norms import gains_of, norm_places
@@ -33,7 +33,7 @@ def read_back(
     plan = make_plan(checkpoint, source, source_gguf, work)
     reader = _Reader(path)
     done = set()
-    fused = fuse_qkv(plan.places, checkpoint, plan.base.file.tensors)
+    fused = fuse(plan.places, checkpoint, plan.base.file.tensors)
     for apart, together in zip(plan.places, fused, strict=True):
         place = together if together.b in reader.tensors else apart
         if place.b not in reader.tensors:

@@ -34,6 +34,12 @@ def evaluate_artifact(
     from svdexport.verify.quality import windows as cut
     from svdexport.verify.reference import ReferenceLogits
 
+    for path in (artifact, reference):
+        if path is not None and _is_encoder(path):
+            raise InputError(
+                f"{path}: an encoder predicts no next token, so it has no perplexity; a recipe's "
+                "report compares its embeddings"
+            )
     words = read_text(text)
     with contextlib.ExitStack() as stack:
         reporter_stage = stack.enter_context(reporter.stage(f"eval {artifact}"))

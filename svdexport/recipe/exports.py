@@ -44,8 +44,9 @@ class GgufExport(_Section):
     pairs leave, W - B A; ``weight`` quantises W, and the adapter's pairs, of the same ranks, are
     fitted anew to what that loses. ``importance``: weight the quantisation error of
     each input channel by its mean square in the calibration, for the types that take weights.
-    ``fuse_qkv``: q, k and v that share an A stand in the file as one pair, which is two products
-    for llama.cpp instead of four; without it LoRA adapters of q, k or v can be put on the file.
+    ``fuse``: q, k and v that share an A stand in the file as one pair, which is two products for
+    llama.cpp instead of four, and so do gate and up; without it LoRA adapters of q, k or v can be
+    put on the file.
     """
 
     format: Literal["gguf"] = "gguf"
@@ -57,7 +58,7 @@ class GgufExport(_Section):
     form: Literal["pairs", "stock", "stock_lora"] = "pairs"
     base: Literal["residual", "weight"] = "residual"
     importance: bool = True
-    fuse_qkv: bool = True
+    fuse: bool = True
 
     @model_validator(mode="after")
     def _base_of_an_adapter(self) -> GgufExport:
@@ -93,7 +94,7 @@ class GgufExport(_Section):
         given = [f"-{key}-{value}" for key, value in parts.items() if value is not None]
         form = "" if self.form == "pairs" else f"-{self.form.replace('_', '-')}"
         plain = "" if self.importance else "-plain"
-        apart = "" if self.fuse_qkv else "-apart"
+        apart = "" if self.fuse else "-apart"
         base = "" if self.base == "residual" else f"-{self.base}"
         return f"{self.type}{''.join(given)}{form}{base}{plain}{apart}"
 

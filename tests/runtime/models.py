@@ -199,6 +199,15 @@ def as_shared_pairs(model: TinyModel) -> TinyModel:
     return model.with_tensors(as_pairs(model.with_tensors(tensors)).tensors | shared)
 
 
+def as_fused_pairs(model: TinyModel) -> TinyModel:
+    """As ``as_shared_pairs``, but gate and up share their B too: gate's rows, then up's."""
+    tensors = dict(as_shared_pairs(model).tensors)
+    for layer in range(LAYERS):
+        parts = [tensors.pop(f"blk.{layer}.ffn_{name}.lr_b.weight") for name in ("gate", "up")]
+        tensors[f"blk.{layer}.ffn_gate_up.lr_b.weight"] = np.concatenate(parts)
+    return model.with_tensors(tensors)
+
+
 def as_residual(model: TinyModel, *, part: int = 8) -> TinyModel:
     """Every linear as W - B A beside the pair B, A of rank `part`: their sum is the dense model."""
     tensors = dict(model.tensors)

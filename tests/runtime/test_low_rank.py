@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from tests.runtime import models
-from tests.runtime.models import TinyModel, as_pairs, as_residual, as_shared_pairs, decoder
+from tests.runtime.models import (
+    TinyModel,
+    as_fused_pairs,
+    as_pairs,
+    as_residual,
+    as_shared_pairs,
+    decoder,
+)
 from tests.runtime.session import TOKENS, RefusedError, logits, opened, supports_low_rank
 
 # F32 arithmetic in another order: the largest difference relative to the logits' standard deviation
@@ -47,12 +54,15 @@ def test_pairs_give_the_dense_logits(
     assert_close(pairs, dense)
 
 
+@pytest.mark.parametrize("form", [as_shared_pairs, as_fused_pairs])
 @pytest.mark.parametrize(
     "model", [decoder(), decoder("qwen2", biases=True)], ids=["llama", "qwen2"]
 )
-def test_shared_a_gives_the_dense_logits(tmp_path: Path, model: TinyModel) -> None:
+def test_shared_factors_give_the_dense_logits(
+    tmp_path: Path, model: TinyModel, form: Callable[[TinyModel], TinyModel]
+) -> None:
     dense = logits(model.write(tmp_path / "dense.gguf"))
-    assert_close(logits(as_shared_pairs(model).write(tmp_path / "shared.gguf")), dense)
+    assert_close(logits(form(model).write(tmp_path / "shared.gguf")), dense)
 
 
 def test_head_as_pair(tmp_path: Path) -> None:
@@ -70,6 +80,16 @@ def test_fused_qkv_as_pair(tmp_path: Path) -> None:
         tensors |= {f"blk.{layer}.attn_qkv.lr_a.weight": a, f"blk.{layer}.attn_qkv.lr_b.weight": b}
     dense = logits(model.write(tmp_path / "dense.gguf"))
     assert_close(logits(model.with_tensors(tensors).write(tmp_path / "fused.gguf")), dense)
+
+
+def test_gate_and_up_beside_the_factors_that_they_share(tmp_path: Path) -> None:
+    model = decoder()
+    names = [f"blk.{i}.ffn_{name}.weight" for i in range(models.LAYERS) for name in ("gate", "up")]
+    dense = {name: model.tensors[name] for name in names}
+    summed = model.tensors | {name: 2 * weight for name, weight in dense.items()}
+    both = model.with_tensors(as_fused_pairs(model).tensors | dense)
+    want = logits(model.with_tensors(summed).write(tmp_path / "summed.gguf"))
+    assert_close(logits(both.write(tmp_path / "both.gguf")), want)
 
 
 def test_some_dense_some_pairs_some_residual(tmp_path: Path) -> None:
@@ -165,7 +185,7 @@ def test_several_sequences(tmp_path: Path) -> None:
         assert_close(result, logits(path, tokens)[16:])
 
 
-@pytest.mark.parametrize("form", [as_pairs, as_shared_pairs, as_residual])
+@pytest.mark.parametrize("form", [as_pairs, as_shared_pairs, as_fused_pairs, as_residual])
 def test_lora_adapter_on_top(tmp_path: Path, form: Callable[[TinyModel], TinyModel]) -> None:
     model = decoder()
     rng = np.random.default_rng(1)
@@ -193,20 +213,27 @@ def operations(path: Path) -> dict[str, int]:
         return session.operations
 
 
-def test_ax_is_computed_once_per_shared_input(tmp_path: Path) -> None:
-    """A layer has 7 products by weights; pairs add one each, but a shared A only one per group."""
+def test_a_shared_factor_multiplies_once(tmp_path: Path) -> None:
+    """A layer has 7 products by weights; pairs add one each, a shared A one per group, and where
+    gate and up share B, too, that one is instead of another.
+    """
     model = decoder()
     dense = operations(model.write(tmp_path / "dense.gguf"))
     separate = operations(as_pairs(model).write(tmp_path / "pairs.gguf"))
     shared = operations(as_shared_pairs(model).write(tmp_path / "shared.gguf"))
     assert separate["MUL_MAT"] - dense["MUL_MAT"] == 7 * models.LAYERS
     assert shared["MUL_MAT"] - dense["MUL_MAT"] == 4 * models.LAYERS
+    fused = operations(as_fused_pairs(model).write(tmp_path / "fused.gguf"))
+    assert fused["MUL_MAT"] - dense["MUL_MAT"] == 3 * models.LAYERS
     other = {name: count for name, count in dense.items() if name != "MUL_MAT"}
     assert {name: shared[name] for name in other} == other
 
 
-def test_saved_model_keeps_its_pairs(tmp_path: Path) -> None:
-    path = as_shared_pairs(decoder()).write(tmp_path / "pairs.gguf")
+@pytest.mark.parametrize("form", [as_shared_pairs, as_fused_pairs])
+def test_saved_model_keeps_its_pairs(
+    form: Callable[[TinyModel], TinyModel], tmp_path: Path
+) -> None:
+    path = form(decoder()).write(tmp_path / "pairs.gguf")
     with opened(path) as session:
         session.save(tmp_path / "saved.gguf")
     np.testing.assert_array_equal(logits(tmp_path / "saved.gguf"), logits(path))
@@ -248,6 +275,14 @@ def test_bad_shape_is_refused_by_name(tmp_path: Path, name: str, part: tuple[sli
     model = as_shared_pairs(decoder())
     model.tensors[name] = model.tensors[name][part]
     assert f"tensor '{name}' has wrong shape" in refusal(tmp_path, model)
+
+
+def test_bad_rows_of_a_shared_b_are_refused_by_name(tmp_path: Path) -> None:
+    model, name = as_fused_pairs(decoder()), "blk.1.ffn_gate_up.lr_b.weight"
+    tensors = model.tensors | {name: model.tensors[name][:-8]}
+    assert f"tensor '{name}' has wrong shape" in refusal(tmp_path, model.with_tensors(tensors))
+    without = {key: value for key, value in model.tensors.items() if "gate_up.lr_a" not in key}
+    assert "ffn_gate_up.lr_a.weight" in refusal(tmp_path, model.with_tensors(without))
 
 
 def test_bad_shape_of_an_expert_pair_is_refused_by_name(tmp_path: Path) -> None:

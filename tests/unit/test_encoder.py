@@ -130,6 +130,10 @@ def test_of_an_encoder_bench_times_prefill_alone(tmp_path: Path) -> None:
     for artifact in found["artifacts"]:
         assert [timing["metric"] for timing in artifact["timings"]] == ["prefill_16"]
         assert artifact["decode_speedup"] is None
+    (tmp_path / "text.txt").write_text("some words\n" * 50)
+    for path in paths:
+        with pytest.raises(InputError, match="an encoder predicts no next token"):
+            api.evaluate(path, tmp_path / "text.txt", context=16)
 
 
 def test_other_poolings_are_refused(tmp_path: Path) -> None:

@@ -32,12 +32,12 @@ DEMO = {"vocab_size": DEMO_VOCABULARY}
 EXPERTS = {"num_experts_per_tok": 2, "sliding_window": None}
 # model, configuration, factor tensors of a block (A and B)
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "qwen3": ("Qwen3", {"head_dim": 16}, 9),
-    "gemma2": ("Gemma2", GEMMA, 9),
-    "gemma3": ("Gemma3", {**GEMMA, "num_hidden_layers": 6}, 9),
+    "qwen3": ("Qwen3", {"head_dim": 16}, 8),
+    "gemma2": ("Gemma2", GEMMA, 8),
+    "gemma3": ("Gemma3", {**GEMMA, "num_hidden_layers": 6}, 8),
     "phi3": ("Phi3", {}, 8),
-    "olmo2": ("Olmo2", DEMO, 9),
-    "stablelm": ("StableLm", DEMO, 9),
+    "olmo2": ("Olmo2", DEMO, 8),
+    "stablelm": ("StableLm", DEMO, 8),
     "gpt2": ("GPT2", {**DEMO, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_ctx": 256}, 8),
     "mixtral": ("Mixtral", {**EXPERTS, "num_local_experts": 4}, 4),
     "qwen2moe": (

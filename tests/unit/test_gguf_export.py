@@ -15,6 +15,7 @@ from svdexport.errors import InputError
 from svdexport.export import gguf
 from svdexport.export.gguf_plan import make_plan
 from svdexport.runtimes.ggml import supports_low_rank
+from svdexport.runtimes.inspect_gguf import inspect
 from svdexport.runtimes.llama_cpp_rt import LlamaCppRuntime
 from tests.unit.gguf_models import (
     VOCABULARY,
@@ -85,9 +86,9 @@ def test_pairs_compute_what_torch_computes(
     source = sources(name)
     checkpoint, reference = compress(source, tmp_path / "small", rank=24, group=group)
     made = export(checkpoint, source, tmp_path / "out.gguf", type="F32")
-    for factor in ("a", "b"):  # q, k and v as one pair
-        fused = [tensor for tensor in made.tensors if f".attn_qkv.lr_{factor}" in tensor]
-        assert len(fused) == (2 if group else 0)
+    for stem in ("attn_qkv.lr_a", "attn_qkv.lr_b", "ffn_gate_up.lr_a", "ffn_gate_up.lr_b"):
+        assert sum(f".{stem}." in tensor for tensor in made.tensors) == (2 if group else 0)
+    assert any(".ffn_up.lr_b" in tensor for tensor in made.tensors) != group
     runtime = LlamaCppRuntime(made.path, threads=1, context=64, exact=True)
     assert runtime.vocab_size == VOCABULARY
     assert_close(runtime.logits(TOKENS), torch_logits(reference, TOKENS))
@@ -102,9 +103,13 @@ def test_pairs_apart_share_their_a(
 ) -> None:
     source = sources(name)
     checkpoint, reference = compress(source, tmp_path / "small", rank=24)
-    made = export(checkpoint, source, tmp_path / "out.gguf", type="F32", fuse_qkv=False)
+    made = export(checkpoint, source, tmp_path / "out.gguf", type="F32", fuse=False)
     assert sum(".attn_qkv.lr_a" in tensor for tensor in made.tensors) == 2
     assert sum(re.search(r"attn_[qkv]\.lr_b", tensor) is not None for tensor in made.tensors) == 6
+    assert sum(re.search(r"ffn_(gate|up)\.lr_b", name) is not None for name in made.tensors) == 4
+    linears = {entry["name"]: entry for entry in inspect(made.path)["linears"]}
+    assert {linears[stem]["form"] for stem in ("attn_q", "ffn_gate", "ffn_up")} == {"shared pair"}
+    assert linears["ffn_down"]["form"] == "pair" and linears["ffn_up"]["rank"] == 24
     runtime = LlamaCppRuntime(made.path, threads=1, context=64, exact=True)
     assert_close(runtime.logits(TOKENS), torch_logits(reference, TOKENS))
     runtime.close()

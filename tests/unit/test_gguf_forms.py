@@ -242,15 +242,19 @@ def test_importance_goes_to_a_b_and_dense_tensors(
     opened = Checkpoint.open(checkpoint)
     places = {
         "blk.0.ffn_gate_up.lr_a": (f"{mlp}.lr_a.weight", f"{mlp}.inputs"),
-        "blk.0.ffn_gate.lr_b": (f"{mlp}.lr_b.weight", f"{mlp}.rank"),
+        "blk.0.ffn_gate_up.lr_b": (f"{mlp}.lr_b.weight", f"{mlp}.rank"),
         "blk.0.attn_v": (f"{attention}.weight", f"{attention}.inputs"),
     }
     for stem, (name, key) in places.items():
         given = weights[key] / weights[key].mean()
-        expected = quantize(opened.tensor(name).numpy(), "Q4_K", np.maximum(given[:256], 1e-4))
+        values = opened.tensor(name).numpy()
+        if stem.endswith("gate_up.lr_b"):
+            up = opened.tensor(name.replace("gate_proj", "up_proj")).numpy()
+            values = np.concatenate([values, up])
+        expected = quantize(values, "Q4_K", np.maximum(given[:256], 1e-4))
         assert np.array_equal(aware.raw(f"{stem}.weight"), expected), stem
         unaware = GgufFile(plain.path).raw(f"{stem}.weight")
-        assert np.array_equal(unaware, quantize(opened.tensor(name).numpy(), "Q4_K")), stem
+        assert np.array_equal(unaware, quantize(values, "Q4_K")), stem
     assert plain.type == "Q4_K-plain"
 
 

@@ -94,10 +94,10 @@ def test_inspect_tells_pairs_from_dense(files: tuple[Path, Path, Path]) -> None:
     _, dense, pairs = (Path(file) for file in files)
     plain, compressed = inspect(dense), inspect(pairs)
     assert plain["runtime"] == "llama.cpp" and "low-rank" in compressed["runtime"]
-    assert plain["totals"]["pairs"] == 0 and compressed["totals"]["pairs"] == 10
+    assert plain["totals"]["pairs"] == 0 and compressed["totals"]["pairs"] == 8
     forms = {entry["name"]: entry for entry in compressed["linears"] if entry["layer"] == 1}
-    assert forms["ffn_up"]["form"] == "shared pair" and forms["attn_output"]["form"] == "pair"
-    assert forms["ffn_up"]["rank"] == 32 and forms["ffn_up"]["shape"] == [96, 64]
+    assert forms["ffn_gate_up"]["form"] == forms["attn_output"]["form"] == "pair"
+    assert forms["ffn_gate_up"]["rank"] == 32 and forms["ffn_gate_up"]["shape"] == [192, 64]
     assert forms["attn_qkv"]["form"] == "pair" and forms["attn_qkv"]["shape"] == [128, 64]
     assert forms["ffn_down"]["types"] == {"a": "Q8_0", "b": "Q8_0"}
     by_type = compressed["totals"]["types"]

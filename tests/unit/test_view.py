@@ -131,6 +131,7 @@ def test_the_list_of_commands_is_not_cut() -> None:
         (["inspect", "published"], 3, "name one file or folder in it"),
         (["verify", "full"], 3, "svdexport run"),
         (["frontier", "r.yaml", "--budget", "5XB"], 2, "60MB"),
+        (["frontier", "r.yaml", "--budget", "0"], 2, "60MB"),
         (["compare", "r.yaml", "--ratio", "2"], 2, "(0, 1]"),
         (["eval", "none.gguf", "--text", "r.yaml"], 3, "no such file or folder"),
     ],

@@ -84,7 +84,7 @@ def pair_shapes(
         n_in = linears[members[0]][1]
         k = rank(sum(linears[member][0] for member in members), n_in, kept, multiple)
         out[f"{name}.lr_a"] = (k, n_in)
-        if name == "attn_qkv":  # one pair: llama.cpp takes the fused weight too
+        if name in GROUPS:  # one pair
             out[f"{name}.lr_b"] = (sum(linears[member][0] for member in members), k)
         else:
             out |= {f"{member}.lr_b": (linears[member][0], k) for member in members}
