@@ -212,8 +212,8 @@ def _single_will_do(
         return False
     if weights[0].numel() * rank < SMALLEST_DOUBLE:
         return False
-    norms = weights[0].square().sum(dim=0, dtype=torch.float64)
-    rounding = rank * 2.0**-51 * float(norms @ moment.diagonal().double())
+    squares = torch.mv(weights[0].square(), moment.diagonal().float())  # by W's rows
+    rounding = rank * 2.0**-51 * float(squares.sum(dtype=torch.float64))
     return rounding <= 1e-7 * float(energies[rank:].sum())
 
 
