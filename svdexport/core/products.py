@@ -120,8 +120,8 @@ def multiply(x: Tensor, y: Tensor) -> Tensor:
         (left, turn_left), (right, turn_right) = _by_columns(y.T), _by_columns(x.T)
         product = torch.empty((x.shape[0], y.shape[1]), dtype=x.dtype)
         turned = {"trans_a": turn_left, "trans_b": turn_right}
-        _blas("gemm", x)(1.0, left, right, c=product.numpy().T, overwrite_c=True, **turned)
-        return product
+        gemm, out = _blas("gemm", x), product.numpy().T
+        return torch.from_numpy(gemm(1.0, left, right, c=out, overwrite_c=True, **turned).T)
 
 
 def _blas(name: str, x: Tensor) -> Callable[..., Any]:
@@ -144,9 +144,8 @@ def times_lower(x: Tensor, h: Tensor) -> Tensor:
         if not by_scipy:
             return _times_lower_in_blocks(x, h)
         # of h's transpose the upper triangle, on the left of that of x; the whole diagonal
-        product = x.clone(memory_format=torch.contiguous_format)
-        turned, trmm = product.numpy().T, _blas("trmm", x)
-        trmm(1.0, h.contiguous().numpy().T, turned, overwrite_b=True)
+        turned, trmm = x.clone(memory_format=torch.contiguous_format).numpy().T, _blas("trmm", x)
+        product = torch.from_numpy(trmm(1.0, h.contiguous().numpy().T, turned, overwrite_b=True).T)
     return product.addcmul_(x, h.diagonal(), value=-0.5)
 
 

@@ -146,6 +146,9 @@ def _refine(
     )
     found = REFINERS[config.method].refine(data, config)
     model.release()
+    if _device().type == "cuda":
+        note = f"{config.method}: on {torch.cuda.get_device_name()}; a CPU gives other last digits"
+        found = dataclasses.replace(found, notes=(*found.notes, note))
     return found, student
 
 

@@ -285,6 +285,15 @@ def test_bad_rows_of_a_shared_b_are_refused_by_name(tmp_path: Path) -> None:
     assert "ffn_gate_up.lr_a.weight" in refusal(tmp_path, model.with_tensors(without))
 
 
+def test_rows_of_a_shared_b_that_no_weight_takes_are_refused(tmp_path: Path) -> None:
+    model = as_fused_pairs(decoder())
+    own = {key: value for key, value in as_pairs(decoder()).tensors.items() if "0.ffn_gate" in key}
+    assert len(own) == 2  # with factors of its own, gate leaves half of the shared B to nobody
+    message = refusal(tmp_path, model.with_tensors(model.tensors | own))
+    assert f"takes {models.HIDDEN} of the {2 * models.HIDDEN} rows" in message
+    assert "blk.0.ffn_gate_up.lr_b.weight" in message
+
+
 def test_bad_shape_of_an_expert_pair_is_refused_by_name(tmp_path: Path) -> None:
     model = as_pairs(decoder(experts=models.EXPERTS))
     name = "blk.0.ffn_up_exps.lr_b.weight"

@@ -45,7 +45,7 @@ def refined(scratch: Path, config: Any, device: str, progress: Report = lambda *
 
 
 def furthest(one: Refined, two: Refined) -> float:
-    """The largest difference of the products B A of the two, relative to their norm."""
+    """The largest difference of a factor in the two, relative to its norm."""
     assert one.tensors.keys() == two.tensors.keys()
     worst = 0.0
     for name, tensor in one.tensors.items():
@@ -103,7 +103,11 @@ def test_the_whole_stage(family: str, tmp_path: Path) -> None:
     make_model(tmp_path / "m", family)
     (tmp_path / "r.yaml").write_text(RECIPE)
     found = Checkpoint.open(api.compress(tmp_path / "r.yaml", tmp_path / "o"))
-    before = Checkpoint.open(tmp_path / ".o.work" / "checkpoint")
+    work = tmp_path / ".o.work"
+    notes = [path.read_text() for path in (work / "refine").glob("*.json")]
+    assert len(notes) == 4
+    assert all(torch.cuda.get_device_name() in note for note in notes)
+    before = Checkpoint.open(work / "checkpoint")
     assert found.names() == before.names()
     for name in found.names():
         assert torch.isfinite(found.tensor(name)).all()
