@@ -236,9 +236,8 @@ def eigen_descending(matrix: Tensor, count: int | None = None) -> tuple[Tensor, 
 
     Signs are fixed, so that reruns agree.
     """
-    values, vectors = eigh(matrix)
-    values = values.flip(0).clamp_min(0.0)
-    vectors = vectors[:, len(values) - (count or len(values)) :].flip(1)
+    values, vectors = eigh(matrix, count)
+    values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
     largest = vectors.abs().argmax(dim=0)
     vectors *= torch.sign(vectors[largest, torch.arange(vectors.shape[1])])
     return values, vectors

@@ -161,12 +161,49 @@ def _times_lower_in_blocks(x: Tensor, h: Tensor) -> Tensor:
     return product
 
 
-def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (n,), ascending, and eigenvectors (n, n) of a symmetric matrix (n, n)."""
-    with _scipy_for(matrix.shape[0] ** 3, matrix) as by_scipy:
-        if by_scipy:
-            turned = matrix.clone(memory_format=torch.contiguous_format).numpy().T
-            found = scipy.linalg.eigh(turned, driver="evd", check_finite=False, overwrite_a=True)
-            return torch.from_numpy(found[0]), torch.from_numpy(found[1])
-        values, vectors = torch.linalg.eigh(matrix)
-        return values, vectors
+def eigh(matrix: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,), ascending, of a symmetric matrix (n, n), and the eigenvectors (n, count)
+    of the ``count`` largest in the same order; None: all.
+
+    Raises torch.linalg.LinAlgError where no convergence is reached.
+    """
+    size = len(matrix)
+    count = size if count is None else count
+    with _scipy_for(size**3, matrix) as by_scipy:
+        if not by_scipy:
+            values, vectors = torch.linalg.eigh(matrix)
+            return values, vectors[:, size - count :]
+        turned = matrix.clone(memory_format=torch.contiguous_format).numpy().T
+        if hasattr(scipy.linalg.lapack, "dstevd"):  # from scipy 1.16 on
+            return _eigh_in_steps(turned, count)
+        found = scipy.linalg.eigh(turned, driver="evd", check_finite=False, overwrite_a=True)
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])[:, size - count :]
+
+
+def _eigh_in_steps(matrix: Any, count: int) -> tuple[Tensor, Tensor]:
+    """The three steps of LAPACK's syevd, to turn back no vector but those that are wanted:
+    Q^T M Q is tridiagonal, and of its eigenvectors V the last ``count`` are taken to Q V.
+
+    The array is overwritten.
+    """
+    size = len(matrix)
+    length = int(_lapack("sytrd_lwork", matrix)(size, lower=1)[0])
+    reduce, solve, turn = (_lapack(name, matrix) for name in ("sytrd", "stevd", "ormqr"))
+    inside, diagonal, beside, scales, _ = reduce(matrix, lower=1, lwork=length, overwrite_a=1)
+    values, vectors, info = solve(diagonal, beside)
+    if info:
+        raise torch.linalg.LinAlgError("an eigenproblem does not converge")
+    # Q leaves the first coordinate alone: its column i of reflections begins in row i + 1
+    found = torch.from_numpy(vectors.T)[size - count :].clone()
+    reflections = torch.from_numpy(inside.T)[:-1, 1:].contiguous().numpy().T
+    rest = found[:, 1:].contiguous().numpy().T
+    length = 64 * (count + 65)  # enough for the largest block of any LAPACK
+    rest, _, _ = turn("L", "N", reflections, scales, rest, length, overwrite_c=1)
+    found[:, 1:] = torch.from_numpy(rest.T)
+    return torch.from_numpy(values), found.T
+
+
+def _lapack(name: str, x: Any) -> Callable[..., Any]:
+    """scipy's LAPACK function of that name, for the type of an array."""
+    found: Callable[..., Any] = scipy.linalg.get_lapack_funcs(name, dtype=x.dtype)
+    return found

@@ -110,10 +110,11 @@ def by_scipy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return noted
 
-    named = products._blas
+    named, lapack = products._blas, products._lapack
     monkeypatch.setattr(products, "SMALLEST_DOUBLE", 1)
     monkeypatch.setattr(products, "_openblas", lambda: blas)
     monkeypatch.setattr(products, "_blas", lambda name, x: noting(named(name, x)))
+    monkeypatch.setattr(products, "_lapack", lambda name, x: noting(lapack(name, x)))
     monkeypatch.setattr(scipy.linalg, "eigh", noting(scipy.linalg.eigh))
     return seen
 
@@ -165,14 +166,39 @@ def test_times_the_lower_half(
     assert torch.equal(x, given[1])
 
 
-def test_scipy_solves_a_float64_eigenproblem(by_scipy: list[int]) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("count", [None, 40, 17, 1])
+def test_scipy_solves_a_float64_eigenproblem(
+    by_scipy: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    layout: Callable[[Tensor], Tensor],
+    older: bool,
+    count: int | None,
+) -> None:
+    if older:
+        monkeypatch.delattr(scipy.linalg.lapack, "dstevd", raising=False)
+    elif not hasattr(scipy.linalg.lapack, "dstevd"):
+        pytest.skip("an older scipy")
     x = normal(40, 40).double()
-    matrix = x @ x.T
-    values, vectors = eigh(matrix)
-    assert len(by_scipy) == 1
+    matrix = layout(x @ x.T)
+    given, kept = matrix.clone(), 40 if count is None else count
+    values, vectors = eigh(matrix, count)
+    assert len(by_scipy) == (1 if older else 4)
+    assert vectors.shape == (40, kept)
     torch.testing.assert_close(values, torch.linalg.eigvalsh(matrix), rtol=1e-12, atol=1e-11)
-    torch.testing.assert_close(vectors @ (values[:, None] * vectors.T), matrix)
-    torch.testing.assert_close(vectors.T @ vectors, torch.eye(40, dtype=torch.float64))
+    torch.testing.assert_close(matrix @ vectors, vectors * values[40 - kept :])
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(kept, dtype=torch.float64))
+    assert torch.equal(matrix, given)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 70])
+def test_eigenvectors_where_eigenvalues_are_equal(by_scipy: list[int], rows: int) -> None:
+    for matrix in (torch.eye(rows), torch.zeros(rows, rows), torch.ones(rows, rows)):
+        values, vectors = eigh(matrix.double())
+        torch.testing.assert_close(vectors @ (values[:, None] * vectors.T), matrix.double())
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(rows, dtype=torch.float64))
+    assert by_scipy
 
 
 @pytest.mark.parametrize("threads", [1, 2])
