@@ -165,7 +165,7 @@ def eigh(matrix: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     """Eigenvalues (n,), ascending, of a symmetric matrix (n, n), and the eigenvectors (n, count)
     of the ``count`` largest in the same order; None: all.
 
-    Raises torch.linalg.LinAlgError where no convergence is reached.
+    Raises LinAlgError, torch's or scipy's, where no convergence is reached.
     """
     size = len(matrix)
     count = size if count is None else count
@@ -192,7 +192,7 @@ def _eigh_in_steps(matrix: Any, count: int) -> tuple[Tensor, Tensor]:
     inside, diagonal, beside, scales, _ = reduce(matrix, lower=1, lwork=length, overwrite_a=1)
     values, vectors, info = solve(diagonal, beside)
     if info:
-        raise torch.linalg.LinAlgError("an eigenproblem does not converge")
+        raise scipy.linalg.LinAlgError("an eigenproblem does not converge")
     # Q leaves the first coordinate alone: its column i of reflections begins in row i + 1
     found = torch.from_numpy(vectors.T)[size - count :].clone()
     reflections = torch.from_numpy(inside.T)[:-1, 1:].contiguous().numpy().T
