@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,6 +12,7 @@ import pytest
 from svdexport import api
 from svdexport.core.measures import Speedup
 from svdexport.errors import RecipeError
+from svdexport.pipeline import frontier
 from svdexport.pipeline.reporter import Reporter
 from svdexport.report.frontier import Point, page, pictures, sentence
 from tests.hostile.makers import write_model
@@ -95,3 +97,35 @@ def test_budgets_and_plain_types_are_written_and_measured(tmp_path: Path) -> Non
     assert (out / "frontier.md").is_file()
     with pytest.raises(RecipeError, match="exists already"):
         api.frontier(recipe, [400_000], out)
+
+
+@pytest.mark.slow
+def test_an_interrupted_frontier_of_a_changed_model_makes_its_files_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = tmp_path / "r.yaml", tmp_path / "frontier"
+    recipe.write_text(RECIPE.replace("BYTES", "400000"))
+    quiet = Reporter(quiet=True)
+
+    def run() -> None:
+        api.frontier(recipe, [400_000], out, plain=["Q8_0"], speed=False, reporter=quiet)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    files = {}
+    for spread in (0.02, 0.2):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        sizes = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": spread}
+        make_model(tmp_path / "model", "Llama", **sizes)
+        with monkeypatch.context() as patch:
+            patch.setattr(frontier, "_quality", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                run()
+        made = sorted((tmp_path / ".frontier.work").rglob("files/*.gguf"))
+        files[spread] = [file.read_bytes() for file in made]
+        assert len(made) == 2
+    run()
+    kept = [path.read_bytes() for path in sorted((out / "files").glob("*.gguf"))]
+    assert kept == files[0.2]
+    assert not set(kept) & set(files[0.02])

@@ -34,6 +34,7 @@ from svdexport.models.blocks import (
 from svdexport.models.calibrate import _by_sample, calibrate
 from svdexport.models.decoder import Decoder
 from svdexport.models.experts import separate_experts
+from svdexport.models.hf import LowRankConfig, LowRankQuantizer
 from svdexport.models.loader import both_rope_forms, load_model, structure_of
 from svdexport.models.modules import linear_weight
 
@@ -391,6 +392,18 @@ def test_a_compressed_checkpoint_loads_with_from_pretrained(make: Any, tmp_path:
     assert set(resaved.names()) == set(records)
     reloaded = AutoModelForCausalLM.from_pretrained(again, dtype=torch.float32).eval()
     assert torch.equal(reloaded(TOKENS).logits, found)
+
+
+def test_the_quantizers_hook_takes_what_older_releases_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """transformers 5.17 has (weight_conversions); 5.23 a model after it."""
+    given: list[Any] = ["conversion"]
+    quantizer = LowRankQuantizer(LowRankConfig(low_rank={"a": {"rank": 8, "group": "a"}}))
+    assert quantizer.update_weight_conversions(given, torch.nn.Identity()) == given
+    parent = LowRankQuantizer.__mro__[1]
+    monkeypatch.setattr(parent, "update_weight_conversions", lambda _, conversions: conversions)
+    assert quantizer.update_weight_conversions(given) == given
 
 
 def test_configs_carry_both_rope_forms() -> None:

@@ -152,6 +152,25 @@ def test_a_factor_that_stays_float_is_of_the_same_pair_as_the_other(place: Path,
         assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
 
 
+@pytest.mark.slow
+def test_a_file_that_quantize_leaves_alone_is_named(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(Reporter, "note", lambda _, text: notes.append(text))
+    exported(
+        place,
+        "notes",
+        compress=PAIRS,
+        algorithm="rtn",
+        exports="{format: gguf, type: Q4_0}, {format: gguf, type: Q4_0, form: stock_lora}",
+    )
+    named = [note for note in notes if "not by quantize" in note]
+    assert named == [
+        "model-Q4_0-stock-lora.gguf: base and adapter by llama.cpp's quantiser, not by quantize"
+    ]
+
+
 def last_hidden(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(tokens, output_hidden_states=True).hidden_states[-1]
