@@ -19,6 +19,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "numpy",
+    "scipy",
     "safetensors",
     "onnx",
     "onnxruntime",

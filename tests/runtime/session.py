@@ -1,13 +1,15 @@
 """llama.cpp through llama-cpp-python's C functions, with the options that the tests need.
 
-Run as a script it writes a file's logits: `python session.py MODEL.gguf OUT.npy THREADS LENGTH`, so
-that another process (with another library) can be compared with this one.
+Run as a script it writes a file's logits, so that another process (with another library) can be
+compared with this one: `python session.py MODEL.gguf OUT.npy LENGTH OPTIONS`, with the session's
+options as JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -188,5 +190,5 @@ def logits(path: Path, tokens: Sequence[int] = TOKENS, **options: object) -> np.
 
 
 if __name__ == "__main__":
-    threads, length = map(int, sys.argv[3:])
-    np.save(sys.argv[2], logits(Path(sys.argv[1]), some_tokens(length), threads=threads))
+    model, out, length, options = sys.argv[1:]
+    np.save(out, logits(Path(model), some_tokens(int(length)), **json.loads(options)))

@@ -38,10 +38,10 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_stock(
-    stock: Path, model: Path, out: Path, threads: int = 1, length: int = len(TOKENS)
+    stock: Path, model: Path, out: Path, length: int = len(TOKENS), **options: int
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SESSION), str(model), str(out), str(threads), str(length)],
+        [sys.executable, str(SESSION), str(model), str(out), str(length), json.dumps(options)],
         env=os.environ | {"PYTHONPATH": str(stock)},
         capture_output=True,
         text=True,
@@ -82,9 +82,25 @@ def test_quantised_dense_file_is_bit_for_bit_the_same(
     params.pure = True
     path = tmp_path / "dense.gguf"
     assert llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params) == 0
-    done = run_stock(stock, path, tmp_path / "stock.npy", threads, length)
+    done = run_stock(stock, path, tmp_path / "stock.npy", length, threads=threads)
     assert done.returncode == 0, done.stderr
     found = logits(path, some_tokens(length), threads=threads)
+    np.testing.assert_array_equal(found, np.load(tmp_path / "stock.npy"))
+
+
+@pytest.mark.parametrize("cache", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize(("threads", "length"), [(1, 68), (3, 209)])
+def test_flash_attention_is_bit_for_bit_the_same(
+    tmp_path: Path, stock: Path, cache: str, threads: int, length: int
+) -> None:
+    """Prompts of 64 and 205 tokens: one whole tile of positions, and three with a part of a fourth;
+    tiles before, on and behind the mask's diagonal."""
+    path = decoder(width=256).write(tmp_path / "dense.gguf")
+    options: dict[str, int] = {"flash_attention": True, "threads": threads}
+    options["cache_type"] = getattr(llama_cpp, f"GGML_TYPE_{cache}")
+    done = run_stock(stock, path, tmp_path / "stock.npy", length, **options)
+    assert done.returncode == 0, done.stderr
+    found = logits(path, some_tokens(length), **options)
     np.testing.assert_array_equal(found, np.load(tmp_path / "stock.npy"))
 
 
