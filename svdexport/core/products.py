@@ -173,29 +173,28 @@ def eigh(matrix: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
         if not by_scipy:
             values, vectors = torch.linalg.eigh(matrix)
             return values, vectors[:, size - count :]
-        turned = matrix.clone(memory_format=torch.contiguous_format).numpy().T
         if hasattr(scipy.linalg.lapack, "dstevd"):  # from scipy 1.16 on
-            return _eigh_in_steps(turned, count)
+            return _eigh_in_steps(matrix, count)
+        turned = matrix.clone(memory_format=torch.contiguous_format).numpy().T
         found = scipy.linalg.eigh(turned, driver="evd", check_finite=False, overwrite_a=True)
         return torch.from_numpy(found[0]), torch.from_numpy(found[1])[:, size - count :]
 
 
-def _eigh_in_steps(matrix: Any, count: int) -> tuple[Tensor, Tensor]:
+def _eigh_in_steps(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The three steps of LAPACK's syevd, to turn back no vector but those that are wanted:
-    Q^T M Q is tridiagonal, and of its eigenvectors V the last ``count`` are taken to Q V.
-
-    The array is overwritten.
-    """
-    size = len(matrix)
-    length = int(_lapack("sytrd_lwork", matrix)(size, lower=1)[0])
-    reduce, solve, turn = (_lapack(name, matrix) for name in ("sytrd", "stevd", "ormqr"))
-    inside, diagonal, beside, scales, _ = reduce(matrix, lower=1, lwork=length, overwrite_a=1)
+    Q^T M Q is tridiagonal, and of its eigenvectors V the last ``count`` are taken to Q V."""
+    size, inside = len(matrix), matrix.clone(memory_format=torch.contiguous_format).numpy().T
+    reduce, solve, turn = (_lapack(name, inside) for name in ("sytrd", "stevd", "ormqr"))
+    length = int(_lapack("sytrd_lwork", inside)(size, lower=1)[0])
+    inside, diagonal, beside, scales, _ = reduce(inside, lower=1, lwork=length, overwrite_a=1)
     values, vectors, info = solve(diagonal, beside)
     if info:
         raise scipy.linalg.LinAlgError("an eigenproblem does not converge")
     # Q leaves the first coordinate alone: its column i of reflections begins in row i + 1
     found = torch.from_numpy(vectors.T)[size - count :].clone()
+    del vectors
     reflections = torch.from_numpy(inside.T)[:-1, 1:].contiguous().numpy().T
+    del inside
     rest = found[:, 1:].contiguous().numpy().T
     length = 64 * (count + 65)  # enough for the largest block of any LAPACK
     rest, _, _ = turn("L", "N", reflections, scales, rest, length, overwrite_c=1)
