@@ -30,7 +30,10 @@ class Training(Section):
     )
     samples: int | None = Field(default=None, ge=2, le=10**7)
     patience: int = Field(
-        default=4, ge=1, le=1000, description="checks on held-out text without gain (12 in all)"
+        default=4,
+        ge=1,
+        le=1000,
+        description="checks on held-out text without gain (12 in all) in the second half",
     )
     precision: Precision = "auto"
     seed: int = Field(default=0, ge=0, lt=2**32)

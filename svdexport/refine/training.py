@@ -25,6 +25,9 @@ from svdexport.refine.base import Progress
 
 SAVE_SECONDS = 240.0
 CHECKS = 12  # of the held-out text in a whole training
+# Share of a training from which a check without gain counts: while the learning rate is high, pairs
+# that start near their best get worse before they get better.
+COUNTED_FROM = 0.5
 BETAS = (0.9, 0.99)  # a second moment over 100 steps: trainings here are hundreds of steps long
 STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of a parameter that has had a gradient
 CLIP = 1.0  # norm of the whole gradient
@@ -91,7 +94,7 @@ class Course:
     first_loss: float = math.nan
     best_loss: float = math.inf
     best_step: int = 0
-    stale: int = 0  # checks since the best
+    stale: int = 0  # checks since the best that count
     ended: str = ""
 
 
@@ -142,6 +145,8 @@ def _judged(run: _Run, course: Course, schedule: Schedule) -> Course:
     late = schedule.out_of_time(course.seconds)
     if finished or late or int(done * CHECKS) >= course.checks:
         course = run.check(course)
+        if done < COUNTED_FROM:
+            course = replace(course, stale=0)
     if finished:
         return replace(course, ended=STEPS_DONE)
     if late:

@@ -219,8 +219,9 @@ def test_the_clock_ends_it_and_the_notes_say_so(tmp_path: Path) -> None:
 
 
 def test_it_stops_where_the_held_out_text_gains_nothing(tmp_path: Path) -> None:
+    """But not in its first half, where a high learning rate may be all that is wrong."""
     weight = torch.nn.Parameter(torch.zeros(2))
-    held_out = iter([5.0, 4.0, 3.0, 3.5, 3.0, 2.0])
+    held_out = iter([5.0, 6.0, 6.0, 6.0, 6.0, 6.0, 4.0, 3.0, 3.5, 3.0, 2.0])
     values: list[torch.Tensor] = []
 
     def step(_number: int) -> float:
@@ -233,11 +234,11 @@ def test_it_stops_where_the_held_out_text_gains_nothing(tmp_path: Path) -> None:
 
     task = Task({"w": weight}, step, check, tmp_path / "state", 1, "x")
     course = train(task, Schedule(12, None, 0.1, 0.0, 2), "test", lambda *_: None)
-    assert (course.steps, course.checks, course.best_step) == (4, 5, 2)
+    assert (course.steps, course.checks, course.best_step) == (9, 10, 7)
     assert (course.first_loss, course.best_loss) == (5.0, 3.0)
     assert course.ended == training.NO_GAIN
-    assert torch.equal(weight.detach(), values[2])
-    assert not torch.equal(values[2], values[3])
+    assert torch.equal(weight.detach(), values[7])
+    assert not torch.equal(values[7], values[8])
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
