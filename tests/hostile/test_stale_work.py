@@ -16,18 +16,9 @@ from svdexport.export import ExportRequest, exporter
 from svdexport.models.loader import load_model, open_source
 from svdexport.pipeline import artifacts
 from svdexport.recipe import GgufExport, Model
+from tests.hostile.test_pipeline_faults import RECIPE
 from tests.unit import gguf_models
 from tests.unit.tiny_checkpoints import make_model
-
-RECIPE = """\
-schema: 1
-model: {path: m}
-calibration: {samples: 6, length: 32}
-compress: {budget: {param_ratio: 0.7}, rank_multiple: 8}
-export: [{format: checkpoint}]
-evaluate: {context: 32, windows: 2}
-speed: {threads: 1}
-"""
 
 
 @pytest.fixture
