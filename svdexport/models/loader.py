@@ -15,8 +15,8 @@ from svdexport.files import is_out_of_memory, stamp, write_atomic
 from svdexport.models.blocks import Structure, discover
 from svdexport.models.experts import separate_experts
 from svdexport.recipe import Model
+from svdexport.runtimes.gguf_file import FORM_KEY, LORA_FORM, GgufFile
 from svdexport.runtimes.torch_rt import auto_class, quiet_transformers
-from svdexport.safety.gguf_header import check_gguf
 from svdexport.safety.model_folder import check_model_folder
 
 TOKENIZER_FILES = (
@@ -60,7 +60,7 @@ def open_source(model: Model, work: Path) -> Source:
         check_model_folder(model.path, model.trust_remote_code)
         return Source(model.path, None, model.trust_remote_code)
     assert model.gguf is not None
-    check_gguf(model.gguf)
+    _check_dense(model.gguf)
     folder, record = work / "source", work / "source.json"
     mark = json.dumps(stamp(model.gguf))
     known = record.is_file() and record.read_text(encoding="utf-8") == mark
@@ -69,6 +69,18 @@ def open_source(model: Model, work: Path) -> Source:
         convert_gguf(model.gguf, folder)
         write_atomic(record, mark)
     return Source(folder, model.gguf)
+
+
+def _check_dense(path: Path) -> None:
+    """Refuse a GGUF that holds less than all of its model's weights: transformers would fill in
+    random ones without a word. Raises InputError."""
+    file = GgufFile(path)
+    if any(name.endswith((".lr_a.weight", ".lr_b.weight")) for name in file.tensors):
+        raise InputError(f"{path}: holds low-rank pairs already; give the dense model's file")
+    if file.value(FORM_KEY) == LORA_FORM:
+        raise InputError(f"{path}: is the base of a LoRA adapter only; give the dense model's file")
+    if file.value("general.type") == "adapter":
+        raise InputError(f"{path}: is a LoRA adapter, not a model; give the dense model's file")
 
 
 def convert_gguf(gguf: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -85,10 +97,15 @@ def convert_gguf(gguf: Path, folder: Path, dtype: torch.dtype = torch.float32) -
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                **where, dtype=dtype, output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(**where)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise InputError(f"{gguf}: transformers cannot read this GGUF ({error})") from None
+    tied = getattr(model, "_tied_weights_keys", None) or ()
+    if absent := sorted(set(loading["missing_keys"]) - set(tied)):
+        raise InputError(f"{gguf}: has no {absent[0]}, which transformers needs; it is incomplete")
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None

@@ -15,7 +15,8 @@ from svdexport import api
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import InputError
 from svdexport.export import gguf
-from svdexport.recipe import GgufExport
+from svdexport.models.loader import open_source
+from svdexport.recipe import GgufExport, Model
 from svdexport.recipe.exports import GgufType
 from svdexport.runtimes.artifact import size_bytes
 from svdexport.runtimes.ggml import quantize
@@ -157,6 +158,22 @@ export:
   - {{format: gguf, type: Q4_0, form: stock_lora, base: weight, type_a: F16, type_b: F16}}
 evaluate: {{text: {root}/text.txt, context: 48, windows: 2}}
 """
+
+
+def test_a_file_that_is_not_the_whole_model_is_refused_as_a_source(
+    model: tuple[Path, Path, np.ndarray], tmp_path: Path
+) -> None:
+    """transformers would fill in random weights for the pairs', and say nothing."""
+    source, checkpoint, _ = model
+    pairs = export(checkpoint, source, tmp_path / "pairs.gguf", type="F16").path
+    base = export(checkpoint, source, tmp_path / "base.gguf", type="F16", form="stock_lora").path
+    for file, why in (
+        (pairs, "holds low-rank pairs already"),
+        (base, "base of a LoRA adapter"),
+        (adapter_path(base), "is a LoRA adapter"),
+    ):
+        with pytest.raises(InputError, match=why):
+            open_source(Model(gguf=file), tmp_path / "work")
 
 
 def test_an_adapter_carries_what_quantising_the_base_loses(tmp_path: Path) -> None:
