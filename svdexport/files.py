@@ -73,13 +73,24 @@ def resource_errors(what: str, *, resumes: bool = True) -> Iterator[None]:
         code = error.errno if isinstance(error, OSError) else None
         if code in NO_SPACE or any(part in text for part in _NO_SPACE_TEXT):
             place = getattr(error, "filename", None) or what
-            again = "free some space and run the same command again"
-            raise ResourceError(
-                f"{place}: the disk is full; {again}{_GOES_ON if resumes else ''}"
-            ) from error
+            raise ResourceError(_no_space(place, resumes)) from error
         if is_out_of_memory(error):
             raise ResourceError(_no_memory(what, resumes)) from error
         raise
+
+
+def check_exhausted(said: str, what: str, killed: bool = False) -> None:
+    """Raise ResourceError where another program's words say that disk or memory ran out.
+
+    Args:
+        said: its output. what: the file that it wrote.
+        killed: it ended by a signal, which is how the kernel takes memory back.
+    """
+    text = said.lower()
+    if any(part in text for part in _NO_SPACE_TEXT):
+        raise ResourceError(_no_space(what, True))
+    if killed or any(part in text for part in _NO_MEMORY_TEXT):
+        raise ResourceError(_no_memory(what, True))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -97,6 +108,11 @@ def sha256_file(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _no_space(place: str, resumes: bool) -> str:
+    again = "free some space and run the same command again"
+    return f"{place}: the disk is full; {again}{_GOES_ON if resumes else ''}"
 
 
 def _no_memory(what: str, resumes: bool) -> str:

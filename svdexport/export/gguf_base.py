@@ -13,7 +13,7 @@ from pathlib import Path
 
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import InputError, MissingExtraError
-from svdexport.files import atomic_file
+from svdexport.files import atomic_file, check_exhausted
 from svdexport.runtimes.gguf_file import GgufFile
 
 CONVERTER_VARIABLE = "SVDEXPORT_GGUF_CONVERTER"
@@ -50,15 +50,17 @@ def prepare(source: Path, source_gguf: Path | None, work: Path) -> Base:
     """
     if source_gguf is not None:
         file = GgufFile(source_gguf)
-        if file.value("split.count", 1) > 1:
+        if file.value("split.count", 1) not in (0, 1):
             raise InputError(f"{source_gguf}: one part of several; join them with llama-gguf-split")
         return Base(file, True, fingerprint([source_gguf]))
     checkpoint = Checkpoint.open(source)
-    mark = fingerprint([source / "config.json", *sorted(set(checkpoint.files.values()))])
+    mark = fingerprint(sorted(path for path in source.iterdir() if path.is_file()))  # all are read
     outtype = exact_outtype(checkpoint)
     path = work / f"base-{outtype}-{mark}.gguf"
     if not path.exists():
         work.mkdir(parents=True, exist_ok=True)
+        for old in work.glob("base-*.gguf"):
+            old.unlink()
         convert(source, path, outtype)
     return Base(GgufFile(path), False, mark)
 
@@ -96,6 +98,8 @@ def convert(source: Path, out: Path, outtype: str, through: Path | None = None) 
             errors="replace",
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
         )
+        if done.returncode:
+            check_exhausted(done.stderr, str(out), killed=done.returncode < 0)
         if done.returncode or not part.stat().st_size:
             raise InputError(
                 f"{source}: llama.cpp's converter refuses this model: {last_words(done.stderr)}"

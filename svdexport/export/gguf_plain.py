@@ -6,13 +6,18 @@ of the run's calibration: the best that its users get without pairs.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from svdexport.checkpoint import Checkpoint
 from svdexport.export import gguf_base
 from svdexport.export.base import Exported
 from svdexport.export.gguf_importance import read_importance
 from svdexport.export.gguf_plan import find_matches
+from svdexport.files import atomic_file, write_atomic
 from svdexport.runtimes.ggml_quantize import MIXES, quantize_file, quantized_bytes
 
 
@@ -37,11 +42,21 @@ def export_plain(
     header = min(info.offset for info in base.file.tensors.values())
     mix = choose_mix(base.file.path, most - header)
     out = folder / f"model-{mix}.gguf"
-    if not out.exists():
-        part = out.with_suffix(".part")
-        quantize_file(base.file.path, part, mix, threads, weights)
-        part.replace(out)
+    record, mark = out.with_suffix(".json"), _mark(base, weights)
+    if not (out.exists() and record.exists() and record.read_text(encoding="utf-8") == mark):
+        record.unlink(missing_ok=True)
+        with atomic_file(out) as part:
+            quantize_file(base.file.path, part, mix, threads, weights)
+        write_atomic(record, mark)
     return Exported(out, "gguf", mix, out.stat().st_size, {})
+
+
+def _mark(base: gguf_base.Base, weights: Mapping[str, np.ndarray]) -> str:
+    """Of what a plain file is made from: one that two artifacts share is written once."""
+    digest = hashlib.sha256(base.fingerprint.encode())
+    for name, found in sorted(weights.items()):
+        digest.update(name.encode() + found.tobytes())
+    return digest.hexdigest()
 
 
 def choose_mix(base: Path, most: int) -> str:

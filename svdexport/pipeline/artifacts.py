@@ -28,7 +28,7 @@ from svdexport.recipe import CheckpointExport, Export, GgufExport, OnnxExport
 from svdexport.runtimes import Runtime, open_runtime
 from svdexport.runtimes.artifact import kind
 from svdexport.runtimes.encoder_rt import is_encoder_graph
-from svdexport.runtimes.gguf_file import adapter_of
+from svdexport.runtimes.gguf_file import LORA_FORM, adapter_of, adapter_path
 from svdexport.runtimes.torch_rt import TorchRuntime
 from svdexport.verify import evidence
 from svdexport.verify.parity import (
@@ -126,7 +126,9 @@ def _export(
         for note in made.notes:
             job.reporter.note(note)
 
-    job.stage(_export_stage(out), stage_key, [out, record], make)
+    lora = isinstance(spec, GgufExport) and spec.form == LORA_FORM
+    files = [out, *([adapter_path(out)] if lora and opened.low_rank else []), record]
+    job.stage(_export_stage(out), stage_key, files, make)
     return _EXPORTED.validate_json(record.read_bytes())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from svdexport.errors import InputError
+from svdexport.files import check_exhausted
 from svdexport.runtimes.ggml import bindings
 from svdexport.runtimes.llama_cpp_rt import quiet_log
 
@@ -78,12 +80,14 @@ def _run(
     callback = lib.llama_log_callback(keep)
     lib.llama_log_set(callback, None)
     try:
-        target = str(out or source.with_suffix(".unused")).encode()
-        code = lib.llama_model_quantize(str(source).encode(), target, ctypes.byref(params))
+        target = os.fsencode(out or source.with_suffix(".unused"))
+        code = lib.llama_model_quantize(os.fsencode(source), target, ctypes.byref(params))
     finally:
         quiet_log(lib)
     if code:
-        raise InputError(f"{source}: llama.cpp cannot quantise it to {mix}: {''.join(said)[-300:]}")
+        check_exhausted("".join(said), str(out or source))
+        last = [line for line in "".join(said).splitlines() if line.strip()][-1:]
+        raise InputError(f"{source}: llama.cpp cannot quantise it to {mix}: {''.join(last)[-300:]}")
     return "".join(said)
 
 

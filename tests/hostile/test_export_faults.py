@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from svdexport.errors import ResourceError
+from svdexport.files import check_exhausted
 from tests.hostile.forked_runs import Limits, finish, start
 from tests.unit.gguf_models import make_model
 
@@ -112,6 +114,28 @@ def test_row_25_a_full_disk_while_exporting_is_exit_6_and_the_resume_gives_the_s
     code, err = finish(place, EXPORT)
     assert code == 0, err
     assert digests(place) == reference
+
+
+def test_row_25_a_full_disk_while_the_base_is_converted_is_exit_6(place: Path) -> None:
+    for marker in (place / ".o.work" / "stages").glob("export model-Q8_0.gguf.json"):
+        marker.unlink()
+    for base in (place / ".o.work" / "base").glob("base-*.gguf"):
+        base.unlink()
+    code, err = finish(place, EXPORT, Limits(file=30_000))
+    assert code == 6, err
+    assert len(err.splitlines()) == 1
+    assert "disk is full" in err
+    code, err = finish(place, EXPORT)
+    assert code == 0, err
+
+
+def test_a_converter_or_quantiser_that_ran_out_says_so() -> None:
+    check_exhausted("ValueError: unknown architecture", "f")
+    with pytest.raises(ResourceError, match="f: the disk is full"):
+        check_exhausted("gguf: 65536 requested and 22912 written", "f")
+    for said, killed in (("std::bad_alloc", False), ("", True)):
+        with pytest.raises(ResourceError, match="f: out of memory"):
+            check_exhausted(said, "f", killed)
 
 
 @pytest.mark.slow
