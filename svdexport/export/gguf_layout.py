@@ -105,23 +105,26 @@ def places_of(groups: Mapping[str, Sequence[str]], matches: Mapping[str, Match])
                 )
         found = [matches[f"{member}.weight"] for member in members]
         stems = [match.tensor.removesuffix(".weight") for match in found]
-        shared = shared_stem(stems)
-        for member, stem, match in zip(members, stems, found, strict=True):
-            a = f"{shared or stem}.lr_a.weight"
-            places.append(PairPlace(member, leader, a, f"{stem}.lr_b.weight", match))
+        for member, stem, match, own in zip(members, stems, found, a_stems(stems), strict=True):
+            places.append(
+                PairPlace(member, leader, f"{own}.lr_a.weight", f"{stem}.lr_b.weight", match)
+            )
     return places
 
 
-def shared_stem(stems: list[str]) -> str | None:
-    """The stem of a shared A, or None where each linear needs its own copy (or is alone)."""
-    if len(stems) < 2:
-        return None
-    for group, members in SHARED_STEMS.items():
-        parts = [re.fullmatch(r"(.*?)(\w+)", stem) for stem in stems]
-        prefixes = {part[1] for part in parts if part}
-        if len(prefixes) == 1 and all(part and part[2] in members for part in parts):
-            return f"{prefixes.pop()}{group}"
-    return None
+def a_stems(stems: Sequence[str]) -> list[str]:
+    """Under which stem each linear of a group finds its A.
+
+    Those of one of ``SHARED_STEMS`` share it, where there are several; others have a copy each. A
+    group may be larger than that: attention and MLP of some architectures read one norm.
+    """
+    own = []
+    for stem in stems:
+        prefix, _, name = stem.rpartition(".")
+        shared = next((group for group, names in SHARED_STEMS.items() if name in names), stem)
+        own.append(f"{prefix}.{shared}" if shared != stem else stem)
+    counts = Counter(own)
+    return [a if counts[a] > 1 else stem for a, stem in zip(own, stems, strict=True)]
 
 
 class LayoutBuilder:

@@ -27,6 +27,8 @@ from svdexport.core.grids_gguf import GRIDS
 from svdexport.core.noise import relative_noise
 from svdexport.errors import RecipeError
 from svdexport.export import gguf_base
+from svdexport.export.gguf_layout import a_stems
+from svdexport.export.gguf_match import Match
 from svdexport.export.gguf_plan import find_matches
 from svdexport.export.gguf_types import Types, held
 from svdexport.files import write_atomic
@@ -37,7 +39,7 @@ from svdexport.pipeline.factors import chosen_groups
 from svdexport.pipeline.job import Job, ModelUnderWork
 from svdexport.pipeline.vocabulary import losses, vocabulary
 from svdexport.recipe import GgufExport
-from svdexport.runtimes.gguf_file import BLOCKS, nbytes
+from svdexport.runtimes.gguf_file import BLOCKS, GgufFile, nbytes
 
 TYPES_FILE = "types.json"  # checkpoint tensor -> ggml type
 LADDER = tuple(sorted(GRIDS, key=lambda name: BLOCKS[name][1] / BLOCKS[name][0]))
@@ -68,6 +70,9 @@ def allocate_bytes(
     budget = recipe.compress.budget
     assert budget is not None and budget.bytes is not None and recipe.quantize is not None
     ladder = [name for name in LADDER if budget.types is None or name in budget.types]
+    work = job.work / "base"
+    base = gguf_base.prepare(model.source.folder, model.source.gguf, work)
+    matches = find_matches(base, Checkpoint.open(model.source.folder), work)
     options: dict[str, list[Option]] = {}
     data: dict[str, dict[str, Tensor]] = {}
     for block in sorted({group.block for group in groups}):
@@ -79,7 +84,9 @@ def allocate_bytes(
                 multiple = recipe.compress.rank_multiple
                 options[group.leader] = [
                     option
-                    for form, made in _group_options(group, found, multiple, ladder)
+                    for form, made in _group_options(
+                        group, found, multiple, ladder, _copies(group, matches)
+                    )
                     if form in budget.forms
                     for option in made
                 ]
@@ -91,7 +98,7 @@ def allocate_bytes(
             f"compress.budget.types: {', '.join(ladder)}: the rows of {stuck[0]} fill no block of "
             "any of them; add one with blocks of 32 (Q8_0, Q5_1, Q5_0, IQ4_NL, Q4_0)"
         )
-    fixed = _fixed_bytes(job, model, groups, list(matrices))
+    fixed = _fixed_bytes(base.file, matches, groups, list(matrices))
     chosen = choose(options, budget.bytes - fixed)
     types = {f"{name}.weight": chosen[name].types[0] for name in probes}
     for group in groups:
@@ -131,14 +138,24 @@ def _fitting(row: int, ladder: Sequence[str]) -> list[str]:
     return [name for name in ladder if row % BLOCKS[name][0] == 0]
 
 
+def _copies(group: InputGroup, matches: Mapping[str, Match]) -> int:
+    """How often the file holds the group's A: once for each name that llama.cpp finds it under."""
+    found = [matches.get(f"{member.name}.weight") for member in group.members]
+    return len(set(a_stems([match.tensor.removesuffix(".weight") for match in found if match])))
+
+
 def _group_options(
-    group: InputGroup, found: Mapping[str, Tensor], multiple: int, ladder: Sequence[str]
+    group: InputGroup,
+    found: Mapping[str, Tensor],
+    multiple: int,
+    ladder: Sequence[str],
+    copies: int,
 ) -> Iterator[tuple[str, Iterator[Option]]]:
     """Options by form. Residual ones as GPTQ leaves the dense error, whose leading directions the
     pair takes; its factors are rounded too."""
     yield "dense", _dense_options(group, found, ladder)
-    yield "pair", _pair_options(group, found, multiple, ladder)
-    yield "residual", _residual_options(group, found, ladder)
+    yield "pair", _pair_options(group, found, multiple, ladder, copies)
+    yield "residual", _residual_options(group, found, ladder, copies)
 
 
 def _dense_options(
@@ -150,13 +167,18 @@ def _dense_options(
         yield Option(size, relative_noise(name) * float(found["noise.dense"]), None, (name,))
 
 
-def _pair_bytes(group: InputGroup, rank: int, a: str, b: str) -> int:
-    size = ENTRY_BYTES * (1 + len(group.members)) + stored(a, group.members[0].in_features, rank)
+def _pair_bytes(group: InputGroup, rank: int, a: str, b: str, copies: int) -> int:
+    size = ENTRY_BYTES * (copies + len(group.members))
+    size += copies * stored(a, group.members[0].in_features, rank)
     return size + sum(stored(b, rank, member.out_features) for member in group.members)
 
 
 def _pair_options(
-    group: InputGroup, found: Mapping[str, Tensor], multiple: int, ladder: Sequence[str]
+    group: InputGroup,
+    found: Mapping[str, Tensor],
+    multiple: int,
+    ladder: Sequence[str],
+    copies: int,
 ) -> Iterator[Option]:
     n = group.members[0].in_features
     of_a, of_b = found["noise.a"], found["noise.b"]
@@ -165,11 +187,11 @@ def _pair_options(
         for a, b in itertools.product(_fitting(n, ladder), _fitting(rank, ladder)):
             loss = float(tail[rank]) + relative_noise(a) * float(of_a[rank - 1])
             loss += relative_noise(b) * float(of_b[rank - 1])
-            yield Option(_pair_bytes(group, rank, a, b), loss, rank, (a, b))
+            yield Option(_pair_bytes(group, rank, a, b, copies), loss, rank, (a, b))
 
 
 def _residual_options(
-    group: InputGroup, found: Mapping[str, Tensor], ladder: Sequence[str]
+    group: InputGroup, found: Mapping[str, Tensor], ladder: Sequence[str], copies: int
 ) -> Iterator[Option]:
     left = found["noise.left"]
     factors = [name for name in RESIDUAL_TYPES if name in ladder]
@@ -178,7 +200,7 @@ def _residual_options(
             if rank < len(left) - 1 and name in _fitting(group.members[0].in_features, ladder):
                 share = float(left[rank])
                 share += 2 * relative_noise(name) * (1.0 - share)
-                size = dense.bytes + _pair_bytes(group, rank, name, name)
+                size = dense.bytes + _pair_bytes(group, rank, name, name, copies)
                 yield Option(size, dense.loss * share, rank, (*dense.types, name, name))
 
 
@@ -190,19 +212,14 @@ def _matrix_options(rows: int, columns: int, loss: float, ladder: Sequence[str])
 
 
 def _fixed_bytes(
-    job: Job,
-    model: ModelUnderWork,
+    file: GgufFile,
+    matches: Mapping[str, Match],
     groups: list[InputGroup],
     vocabulary: list[str],
 ) -> int:
     """Metadata, header, and the tensors that the plan does not choose."""
-    source = Checkpoint.open(model.source.folder)
-    work = job.work / "base"
-    base = gguf_base.prepare(model.source.folder, model.source.gguf, work)
-    matches = find_matches(base, source, work)
     names = [member.name for group in groups for member in group.members] + vocabulary
     chosen = {matches[f"{name}.weight"].tensor for name in names if f"{name}.weight" in matches}
-    file = base.file
     types = Types.of(GgufExport(type="mixed"), tied="output.weight" not in file.tensors)
     first = min(info.offset for info in file.tensors.values())
     rest = 0

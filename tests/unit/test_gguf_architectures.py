@@ -38,6 +38,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "phi3": ("Phi3", {}, 8),
     "olmo2": ("Olmo2", DEMO, 8),
     "stablelm": ("StableLm", DEMO, 8),
+    # attention and MLP read one norm: one group, two names for its A
+    "stablelm-parallel": ("StableLm", {**DEMO, "use_parallel_residual": True}, 8),
     "gpt2": ("GPT2", {**DEMO, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_ctx": 256}, 8),
     "mixtral": ("Mixtral", {**EXPERTS, "num_local_experts": 4}, 4),
     "qwen2moe": (
@@ -84,7 +86,7 @@ def test_pairs_compute_what_torch_computes(name: str, tmp_path: Path) -> None:
     checkpoint, reference = compress(source, tmp_path / "small", rank=24)
     made = export(checkpoint, source, tmp_path / "out.gguf", type="F32")
     # a shared expert's gate and up have no shared name for A: it is written twice, and said so
-    assert len(made.notes) == (name == "qwen2moe")
+    assert len(made.notes) == (name in ("qwen2moe", "stablelm-parallel"))
     in_block = [
         tensor for tensor in made.tensors if tensor.startswith("blk.1.") and ".lr_" in tensor
     ]
