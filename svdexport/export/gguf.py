@@ -66,6 +66,11 @@ def export(request: ExportRequest) -> Exported:
         spec, base, request.checkpoint, places, kept, changed, importance, ready, factors
     )
     layout.notes += unproven(plan)
+    if spec.head_type and spec.embedding_type and "output.weight" not in base.tensors:
+        layout.notes.append(
+            f"head_type {spec.head_type} changes nothing: head and embedding are one tensor, and "
+            f"embedding_type is {spec.embedding_type}"
+        )
     records = write(out, metadata, layout.tensors, base.alignment)
     size = out.stat().st_size
     if places and spec.form == LORA_FORM:

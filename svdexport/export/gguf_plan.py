@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def changed_tensors(
     for name in checkpoint.names():
         if ".lr_a." in name or ".lr_b." in name:
             continue
-        there = stored.get(module_name(name)) or _alias(name, set(original.names()))
+        there = stored.get(module_name(name)) or _alias(name, stored.values())
         if there is not None and _equal(checkpoint, name, original, there):
             continue
         match = plan.matches.get(name)
@@ -112,13 +112,15 @@ def _matrix_dtype(source: Checkpoint) -> str:
 
 def _renames(checkpoint: Checkpoint, matches: dict[str, Match]) -> dict[str, str]:
     """The checkpoint's matrix names -> the source's: the same, or one within the other's end."""
-    names = {f"{linear}.weight" for linear in checkpoint.low_rank} | set(checkpoint.names())
+    names = {f"{linear}.weight" for linear in checkpoint.low_rank} | {
+        name for name in checkpoint.names() if ".lr_a." not in name and ".lr_b." not in name
+    }
     known = {module_name(name): name for name in matches}
-    found = {name: known.get(module_name(name)) or _alias(name, set(matches)) for name in names}
+    found = {name: known.get(module_name(name)) or _alias(name, matches) for name in names}
     return {name: there for name, there in sorted(found.items()) if there is not None}
 
 
-def _alias(name: str, known: set[str]) -> str | None:
+def _alias(name: str, known: Iterable[str]) -> str | None:
     """The one known name that differs only by a prefix (``transformer.``), or None."""
     near = [k for k in known if k.endswith(f".{name}") or name.endswith(f".{k}")]
     return near[0] if len(near) == 1 else None

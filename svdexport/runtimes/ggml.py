@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import torch
 
 from svdexport.errors import InputError, MissingExtraError
 from svdexport.runtimes.gguf_file import BLOCKS, TYPE_NUMBERS
@@ -53,6 +55,8 @@ def quantize(
 ) -> np.ndarray:
     """Rows in a ggml type, by ``ggml_quantize_chunk``: the very bytes that llama.cpp would write.
 
+    Takes as many threads as torch does; rows do not depend on one another.
+
     Args:
         values: (rows, n), any float type.
         type_name: ggml type, for example ``Q4_K``.
@@ -72,8 +76,10 @@ def quantize(
         weights = np.ascontiguousarray(importance, dtype=np.float32)
         if weights.shape != (n,):
             raise ValueError(f"importance {weights.shape} for rows of {n}")
-    step = max(1, CHUNK_ELEMENTS // n)
-    for start in range(0, rows, step):
+    threads = torch.get_num_threads()
+    step = max(1, min(CHUNK_ELEMENTS // n, -(-rows // threads)))
+
+    def quantize_from(start: int) -> None:
         chunk = np.ascontiguousarray(values[start : start + step], dtype=np.float32)
         _check_range(chunk, type_name)
         part = out[start : start + step]
@@ -88,6 +94,9 @@ def quantize(
         )
         if written != part.nbytes:
             raise RuntimeError(f"ggml wrote {written} bytes of {type_name}, not {part.nbytes}")
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(quantize_from, range(0, rows, step)))
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,7 +133,7 @@ class LlamaCppRuntime:
         _said.clear()
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = 0
-        self._model = self._lib.llama_model_load_from_file(str(self.path).encode(), params)
+        self._model = self._lib.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._model:
             raise InputError(f"{self.path}: llama.cpp cannot load it: {_last_said()}")
         self._ctx = self._open_context(self._exact)
@@ -170,7 +171,7 @@ class LlamaCppRuntime:
         return ctx
 
     def _open_adapter(self, path: Path) -> Any:
-        adapter = self._lib.llama_adapter_lora_init(self._model, str(path).encode())
+        adapter = self._lib.llama_adapter_lora_init(self._model, os.fsencode(path))
         if not adapter:
             raise InputError(f"{path}: llama.cpp cannot load this adapter: {_last_said()}")
         return adapter
@@ -223,12 +224,8 @@ class LlamaCppRuntime:
 
 
 def holds_pairs(path: Path) -> bool:
-    """Whether a GGUF has factor pairs in place of dense weights."""
-    names = GgufFile(path).tensors
-    return any(
-        name.endswith(".lr_b.weight") and name.replace(".lr_b.weight", ".weight") not in names
-        for name in names
-    )
+    """Whether a GGUF has factor pairs, in place of dense weights or beside them."""
+    return any(name.endswith(".lr_b.weight") for name in GgufFile(path).tensors)
 
 
 def quiet_log(lib: Any) -> None:

@@ -85,6 +85,8 @@ def compiler() -> str:
         raise BuildError(
             "no C++ compiler (c++, or what $CXX names); on Debian: apt install g++ cmake make git"
         )
+    if shutil.which("git") is None:
+        raise BuildError("no git, which applies the patches; on Debian: apt install git")
     found = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     return found.stdout.splitlines()[0]
 
