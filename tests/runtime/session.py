@@ -65,6 +65,7 @@ class Session:
         loras: Sequence[Path] = (),
         count: bool = False,
         threads: int = 1,
+        context: int = 256,
     ) -> None:
         _log.clear()
         llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))  # others in this process set theirs
@@ -82,7 +83,7 @@ class Session:
         if not self._model:
             raise RefusedError("".join(_log))
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = 256 * sequences
+        params.n_ctx = context * sequences
         params.n_seq_max = sequences
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = cache_type

@@ -89,14 +89,16 @@ def test_quantised_dense_file_is_bit_for_bit_the_same(
 
 
 @pytest.mark.parametrize("cache", ["F32", "F16", "Q8_0"])
-@pytest.mark.parametrize(("threads", "length"), [(1, 68), (3, 209)])
+@pytest.mark.parametrize(("threads", "length"), [(1, 24), (1, 68), (3, 209), (1, 304), (3, 304)])
 def test_flash_attention_is_bit_for_bit_the_same(
     tmp_path: Path, stock: Path, cache: str, threads: int, length: int
 ) -> None:
     """Prompts of 64 and 205 tokens: one whole tile of positions, and three with a part of a fourth;
-    tiles before, on and behind the mask's diagonal."""
+    tiles before, on and behind the mask's diagonal. One of 20 tokens has no tiles, but more rows
+    than are taken together; from 256 positions on, each thread has its own part of them in a step.
+    """
     path = decoder(width=256).write(tmp_path / "dense.gguf")
-    options: dict[str, int] = {"flash_attention": True, "threads": threads}
+    options: dict[str, int] = {"flash_attention": True, "threads": threads, "context": 1024}
     options["cache_type"] = getattr(llama_cpp, f"GGML_TYPE_{cache}")
     done = run_stock(stock, path, tmp_path / "stock.npy", length, **options)
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,11 @@ ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
 ARCHIVE_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 PATCHES = tuple(
     Path(__file__).with_name(f"{name}.patch")
-    for name in ("low-rank", "decode-runs", "prefill-tiles", "prefill-attention")
+    for name in (
+        "low-rank",
+        *("decode-runs", "decode-attention", "decode-rounding"),
+        *("prefill-tiles", "prefill-attention"),
+    )
 )
 RECIPE = "2"  # raise it when what this script makes of archive and patch changes
 CMAKE_ARGS = "-DCMAKE_BUILD_TYPE=Release -DLLAVA_BUILD=OFF -DGGML_NATIVE=ON"
