@@ -163,8 +163,12 @@ class StreamedWeights(Weights):
         hooks.callback(module.register_forward_hook(after, always_call=True).remove)
 
     def linear(self, name: str) -> Tensor:
-        with self._filled(name, self.model.get_submodule(name)) as module:
-            return linear_weight(module)
+        spec = self._checkpoint.low_rank.get(name)
+        parts = [name] if spec is None else [f"{spec.group}.lr_a", f"{name}.lr_b"]
+        with contextlib.ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(self._filled(part, self.model.get_submodule(part)))
+            return linear_weight(self.model.get_submodule(name))
 
     @contextlib.contextmanager
     def _filled(self, name: str, module: nn.Module) -> Iterator[nn.Module]:

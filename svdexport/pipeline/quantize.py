@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdexport.checkpoint import Checkpoint
-from svdexport.core.gptq import Quantized
 from svdexport.core.grids_gguf import GRIDS
 from svdexport.core.moments import CrossMoments
 from svdexport.core.sequence import sequence_target
@@ -29,7 +28,7 @@ from svdexport.models.blocks import InputGroup
 from svdexport.models.calibrate import calibrate
 from svdexport.models.loader import load_model
 from svdexport.models.sequence import Walk
-from svdexport.models.weights import Weights
+from svdexport.models.weights import StreamedWeights, Weights
 from svdexport.packed import write_packed
 from svdexport.pipeline import vocabulary
 from svdexport.pipeline.adapters import fit_adapters
@@ -93,12 +92,10 @@ def _quantize(
 ) -> None:
     torch.set_num_threads(job.threads)
     source = compressed.checkpoint == model.source.folder
-    # A streamed model is too large to be loaded once more: the dense one's inputs then stand in.
-    original = source or model.memory.streamed
     work = _Work(
         job,
         model,
-        model.weights if original else Weights(load_model(compressed.checkpoint)),
+        model.weights if source else _compressed_weights(model, compressed.checkpoint),
         Checkpoint.open(compressed.checkpoint),
         load_file(compressed.tokens)["calibration"],
         *_chosen(job),
@@ -117,6 +114,13 @@ def _quantize(
     for spec, products in found.products.items():
         for line in _notes(artifact_name(spec), products):
             job.reporter.note(line)
+
+
+def _compressed_weights(model: ModelUnderWork, checkpoint: Path) -> Weights:
+    """Those of the checkpoint, streamed where the model's own are."""
+    if not model.memory.streamed:
+        return Weights(load_model(checkpoint))
+    return StreamedWeights(checkpoint, model.structure.blocks, model.source.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -154,14 +158,16 @@ def _chosen(job: Job) -> tuple[dict[str, str], dict[str, tuple[str, int]]]:
 
 @dataclass(frozen=True)
 class _Found:
-    """Mean squares of the linears' inputs, and by export what came of every product."""
+    """Mean squares of the linears' inputs, and by export every product's name, error and damping:
+    the matrices themselves are as large as the model."""
 
     importance: dict[str, Tensor] = field(default_factory=dict)
-    products: dict[Export, list[tuple[str, Quantized]]] = field(default_factory=dict)
+    products: dict[Export, list[tuple[str, float, float]]] = field(default_factory=dict)
 
     def keep(self, spec: Export, block: BlockQuantizer, file: Path) -> None:
         write_packed(file, block.packed, block.leaders)
-        self.products.setdefault(spec, []).extend(block.found)
+        found = [(name, q.error, q.damping) for name, q in block.found]
+        self.products.setdefault(spec, []).extend(found)
 
 
 def _block_file(folder: Path, index: int) -> Path:
@@ -245,13 +251,13 @@ def _importance(group: InputGroup, moment: Tensor, rows: int) -> dict[str, Tenso
     return {f"{member.name}.inputs": square.clone() for member in group.members}
 
 
-def _notes(name: str, found: list[tuple[str, Quantized]]) -> Iterable[str]:
+def _notes(name: str, found: list[tuple[str, float, float]]) -> Iterable[str]:
     """Mean relative layer error, and the linears whose moments needed more damping."""
     if not found:
         return
-    mean = sum(q.error for _, q in found) / len(found)
+    mean = sum(error for _, error, _ in found) / len(found)
     yield f"{name}: {len(found)} products quantised, mean relative squared output error {mean:.2e}"
-    least = min(q.damping for _, q in found)
-    for layer, q in found:
-        if q.damping > least:
-            yield f"{name}: {layer}: its moment needed a damping of {q.damping:g}"
+    least = min(damping for _, _, damping in found)
+    for layer, _, damping in found:
+        if damping > least:
+            yield f"{name}: {layer}: its moment needed a damping of {damping:g}"

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svdexport import api
+from svdexport.checkpoint import Checkpoint
 from svdexport.errors import InputError, RecipeError
 from svdexport.export.safetensors_write import SafetensorsWriter
 from svdexport.models.activations import Activations
@@ -20,6 +21,7 @@ from svdexport.models.calibrate import BlockMoments, calibrate
 from svdexport.models.loader import load_model, structure_of
 from svdexport.models.weights import StreamedWeights, as_weights
 from svdexport.pipeline.job import decide_memory
+from tests.unit import gguf_models
 from tests.unit.tiny_checkpoints import compress, make_model
 
 FAMILIES = ["llama", "llama-tied", "llama-bias", "mistral-window", "qwen3", "gemma2", "gpt2"]
@@ -65,6 +67,7 @@ def test_a_streamed_model_can_be_called_as_a_whole(family: str, tmp_path: Path) 
     make_model(tmp_path / "m", family)
     groups = {"gpt2": [["mlp.c_fc"]]}.get(family, [["mlp.gate_proj", "mlp.up_proj"]])
     compress(tmp_path / "m", tmp_path / "c", groups, rank=8)
+    linears = list(structure_of(tmp_path / "m").linears())
     tokens = torch.randint(0, 300, (1, 16), generator=torch.Generator().manual_seed(1))
     for folder in (tmp_path / "m", tmp_path / "c"):
         loaded = load_model(folder)
@@ -77,7 +80,11 @@ def test_a_streamed_model_can_be_called_as_a_whole(family: str, tmp_path: Path) 
         for given in (None, tmp_path / "values"):
             if given is not None:
                 loaded.load_state_dict(values, strict=False)
-            with torch.no_grad(), StreamedWeights(folder, (), False, given).on_call() as model:
+            weights = StreamedWeights(folder, (), False, given)
+            for linear in linears:
+                found = as_weights(loaded).linear(linear.name)
+                assert torch.equal(weights.linear(linear.name), found)
+            with torch.no_grad(), weights.on_call() as model:
                 found = model(tokens).logits
                 assert all(parameter.is_meta for parameter in model.parameters())
                 assert torch.equal(found, loaded(tokens).logits)
@@ -179,6 +186,27 @@ def test_streaming_gives_the_same_bytes(place: Path, how: str) -> None:
     streamed = checkpoint_bytes(place, "b", how, "compress.stream=always")
     assert streamed == loaded
     assert "streamed from the disk" in (place / ".b.work" / "memory.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequential", ["false", "true"])
+def test_streaming_gives_the_same_quantised_files(tmp_path: Path, sequential: str) -> None:
+    """Pairs, products of pairs, and dense linears that were fitted to what came before them."""
+    gguf_models.make_model(tmp_path / "m", "Llama")
+    (tmp_path / "text.txt").write_text(TEXT)
+    exports = "[{format: gguf, type: Q4_0}, {format: gguf, type: Q4_0, form: stock}]"
+    recipe = RECIPE.replace("[{format: checkpoint}]", exports)
+    quantize = f"quantize: {{algorithm: gptq, sequential: {sequential}}}\n"
+    (tmp_path / "r.yaml").write_text(recipe + quantize)
+    found = []
+    for stream in ("never", "always"):
+        how = ["compress.sequential=true", f"compress.stream={stream}"]
+        files = api.export(tmp_path / "r.yaml", tmp_path / stream, how)
+        found.append({file.name: file.read_bytes() for file in files})
+    checkpoint = Checkpoint.open(tmp_path / ".always.work" / "checkpoint")
+    linears = structure_of(tmp_path / "m").linears()
+    assert 0 < len(checkpoint.low_rank) < len(list(linears))
+    assert len(found[0]) == 2 and found[0] == found[1]
 
 
 def test_finished_blocks_are_kept(place: Path) -> None:
