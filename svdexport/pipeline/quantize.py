@@ -214,7 +214,7 @@ def _in_sequence(work: _Work, folders: dict[Export, Path]) -> _Found:
             block: BlockQuantizer = block,
         ) -> Sequence[Tensor]:
             names = [member.name for member in group.members]
-            if block.stock:  # a pair's product is what it stands for
+            if block.stock or recipe.refine:  # not W: the pair's product, and what was trained
                 weights = [work.weights.linear(name) for name in names]
             found.importance.update(_importance(group, moments.original, work.tokens.numel()))
             target, metric = sequence_target(torch.cat(list(weights)), moments, MIX)

@@ -17,8 +17,13 @@ from svdexport.core.grids_onnx import NBitsGrid, PackedNBits, dequantize, unpack
 from svdexport.export import exporter
 from svdexport.models.loader import load_model
 from svdexport.packed import PackedFolder
+from svdexport.pipeline.job import ModelUnderWork
+from svdexport.pipeline.quantize import quantize_exports
 from svdexport.pipeline.reporter import Reporter
+from svdexport.pipeline.stages import run_compression
+from svdexport.pipeline.start import started
 from svdexport.recipe import load_recipe
+from svdexport.refine import REFINERS, Refined, RefineData, Refiner
 from tests.unit.gguf_models import make_model
 
 RECIPE = """\
@@ -129,6 +134,55 @@ def test_in_sequence_the_model_comes_nearer_to_the_original(place: Path, compres
         wanted = last_hidden(load_model(place / "model"), tokens)
         distances.append(float((last_hidden(model, tokens) - wanted).norm()))
     assert distances[1] < 0.95 * distances[0]
+
+
+def _shaken(data: RefineData, config: Any) -> Refined:
+    """A refiner that moves every pair and every dense linear by a fifth of its size."""
+    torch.manual_seed(4)
+    found = {
+        name: value + 0.2 * value.std() * torch.randn_like(value)
+        for name, value in data.student.module.named_parameters()
+        if value.ndim == 2 and ".layers." in name
+    }
+    return Refined(found, ())
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("sequential", ["false", "true"])
+def test_in_sequence_a_refined_model_stays_refined(
+    place: Path, monkeypatch: pytest.MonkeyPatch, sequential: str, dense: bool
+) -> None:
+    """Seen in the first group, whose inputs nothing changes."""
+    monkeypatch.setitem(REFINERS, "sequential_ls", Refiner("shaken", "", "", _shaken))
+    ignore = "'re:[qkv]_proj'" if dense else ""
+    recipe, out = place / "refined.yaml", place / f"refined-{sequential}-{dense}"
+    recipe.write_text(
+        RECIPE.format(
+            compress=f"{PAIRS[:-1]}, sequential: {sequential}, ignore: [{ignore}]}}",
+            algorithm="gptq, sequential: true",
+            exports="{format: gguf, type: Q8_0}",
+        )
+        + "refine: {method: sequential_ls}\n"
+    )
+    with started(recipe, out, [], False, None) as job:
+        model = ModelUnderWork(job)
+        compressed = run_compression(job, model)
+        (folder,) = quantize_exports(job, model, compressed).folders.values()
+        packed = PackedFolder.open(folder)
+        refined = Checkpoint.open(compressed.checkpoint)
+    leader, *others = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
+    assert all((name in refined.low_rank) != dense for name in (leader, *others))
+    for linear in (leader, *others):
+        written, wanted = (
+            values(f"{linear}.weight")
+            if dense
+            else values(f"{linear}.lr_b.weight") @ values(f"{leader}.lr_a.weight")
+            for values in (
+                lambda name: packed_values(packed, name, refined.tensor(name).shape[1]),
+                lambda name: refined.tensor(name).numpy(),
+            )
+        )
+        assert np.linalg.norm(written - wanted) < 0.02 * np.linalg.norm(wanted)
 
 
 @pytest.mark.slow
