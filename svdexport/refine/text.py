@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from svdexport.errors import RecipeError
+from svdexport.files import fsync
 from svdexport.refine.base import Decoder
 
 MAX_HELD_OUT = 16
@@ -54,8 +56,8 @@ class TeacherStates:
     """The dense model's last hidden states, made once a window and then read from a file.
 
     They stand in float32 (4 bytes x tokens x width); the head turns them into logits again, at a
-    fifth of what the whole dense model costs. A window's states are kept in the file only
-    once ``keep`` has seen them all written.
+    fifth of what the whole dense model costs. A second file says which windows are there. Both are
+    read and written rather than mapped, so that a full disk is an error that can be caught.
 
     Args:
         teacher: loads the dense model; not called where every window is in the file.
@@ -72,13 +74,16 @@ class TeacherStates:
     ) -> None:
         self.tokens, self._load, self._make = tokens, teacher, make
         self._teacher: Decoder | None = None
-        shape = (*tokens.shape, width)
-        whole = 4 * shape[0] * shape[1] * shape[2]
-        fresh = not path.exists() or path.stat().st_size != whole
-        self._file = np.memmap(path, np.float32, "w+" if fresh else "r+", shape=shape)
-        self._known = np.memmap(
-            path.with_suffix(".known"), np.uint8, "w+" if fresh else "r+", shape=(shape[0],)
-        )
+        count, length = tokens.shape
+        self._shape, self._window = (length, width), 4 * length * width
+        self._states, self._marks = path, path.with_suffix(".known")
+        sizes = {self._marks: count, self._states: count * self._window}
+        if any(not p.exists() or p.stat().st_size != size for p, size in sizes.items()):
+            for part in sizes:  # both are emptied first: a kill in between is seen by their sizes
+                part.write_bytes(b"")
+            for part, size in sizes.items():
+                os.truncate(part, size)
+        self._known = np.frombuffer(bytearray(self._marks.read_bytes()), np.uint8)
 
     def __getitem__(self, windows: list[int]) -> Tensor:
         """(windows, length, width), on the CPU."""
@@ -86,10 +91,24 @@ class TeacherStates:
         if missing:
             if self._teacher is None:
                 self._teacher = self._load()
-            for i in missing:
-                self._file[i] = self._make(self._teacher, self.tokens[i : i + 1])[0].cpu().numpy()
-            self._file.flush()
-            self._known[missing] = 1
+            self._add(missing, self._teacher)
         if self._teacher is not None and self._known.all():
             self._teacher = None
-        return torch.from_numpy(np.array(self._file[windows]))
+        found = np.empty((len(windows), *self._shape), np.float32)
+        with self._states.open("rb") as file:
+            for place, i in enumerate(windows):
+                file.seek(i * self._window)
+                file.readinto(found[place])
+        return torch.from_numpy(found)
+
+    def _add(self, windows: list[int], teacher: Decoder) -> None:
+        """Make windows' states; they are known once all of them are on the disk."""
+        with self._states.open("r+b") as file:
+            for i in windows:
+                made = self._make(teacher, self.tokens[i : i + 1])[0].float().cpu()
+                file.seek(i * self._window)
+                file.write(made.contiguous().numpy().data.cast("B"))
+        fsync(self._states)
+        self._known[windows] = 1
+        with self._marks.open("r+b") as file:
+            file.write(self._known.tobytes())

@@ -7,12 +7,14 @@ import os
 import signal
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from svdexport.core.gauge import balance
-from svdexport.errors import RecipeError
+from svdexport.errors import RecipeError, ResourceError
+from svdexport.files import resource_errors
 from svdexport.recipe import Distill
 from svdexport.refine import REFINERS, Refined, divergence, logits, training
 from svdexport.refine.divergence import divergence_of_hidden
@@ -291,6 +293,38 @@ def test_the_dense_model_runs_once_for_each_window(tmp_path: Path) -> None:
     again = TeacherStates(given.tokens, given.teacher, make, path, 32)
     assert torch.equal(again[[1, 3]], states[[1, 3]])
     assert len(ran) == 2
+
+
+def test_states_that_a_kill_left_half_made_are_made_again(tmp_path: Path) -> None:
+    given = data(tmp_path)
+    path = tmp_path / "teacher.bin"
+
+    def states() -> TeacherStates:
+        def make(decoder: Any, tokens: torch.Tensor) -> torch.Tensor:
+            return decoder.hidden(tokens)  # type: ignore[no-any-return]
+
+        return TeacherStates(given.tokens, given.teacher, make, path, 32)
+
+    expected = states()[[2]]
+    for lost in (path, path.with_suffix(".known")):
+        lost.unlink()
+        assert torch.equal(states()[[2]], expected)
+
+
+def test_a_full_disk_ends_a_training_with_an_error(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    tokens = torch.zeros(4, 8, dtype=torch.long)
+    states = TeacherStates(
+        tokens, lambda: Any, lambda _, t: torch.ones(1, 8, 16), tmp_path / "t.bin", 16
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+    try:
+        with pytest.raises(ResourceError, match="disk is full"), resource_errors("refine"):
+            states[[0, 1]]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.equal(states[[1]], torch.ones(1, 8, 16))
 
 
 def test_frozen_weights_in_bfloat16_change_no_bit(
