@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from svdexport.checkpoint import Checkpoint
+from svdexport.checkpoint import Checkpoint, module_name
 from svdexport.core.gauge import balance, mixed
 from svdexport.core.moments import Statistic
 from svdexport.export.checkpoint import write_checkpoint
@@ -153,13 +153,15 @@ def _refine(
 
 
 def _write(model: ModelUnderWork, begin: Path, found: Refined, out: Path) -> None:
-    """The checkpoint with the refined tensors in place of its own."""
+    """The checkpoint with the refined tensors, named by their modules, in place of its own."""
     opened = Checkpoint.open(begin)
-    strange = set(found.tensors) - set(opened.names())
+    strange = set(found.tensors) - {module_name(name) for name in opened.names()}
     if strange:
         raise ValueError(f"refined tensors that the checkpoint lacks: {sorted(strange)[:3]}")
     shutil.rmtree(out, ignore_errors=True)
-    merged = ((name, found.tensors.get(name, value)) for name, value in opened.iter_tensors())
+    merged = (
+        (name, found.tensors.get(module_name(name), value)) for name, value in opened.iter_tensors()
+    )
     write_checkpoint(out, model.source.folder, opened.config, merged)
 
 

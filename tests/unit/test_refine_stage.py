@@ -112,6 +112,19 @@ def test_two_refiners_of_one_method_are_not_repeated(place: Path) -> None:
     assert [path.stat().st_mtime_ns for path in stages] == times
 
 
+def test_experts_that_stayed_dense_are_trained_too(tmp_path: Path) -> None:
+    """Mixtral's files name them otherwise than its modules."""
+    make_model(tmp_path / "m", "mixtral")
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    how = ["refine.train=linears", "refine.learning_rate=5e-4", "compress.ignore=[re:experts]"]
+    found = api.compress(tmp_path / "r.yaml", tmp_path / "o", how)
+    before, after = Checkpoint.open(tmp_path / ".o.work" / "checkpoint"), Checkpoint.open(found)
+    assert after.names() == before.names()
+    experts = [name for name in after.names() if ".block_sparse_moe.experts." in name]
+    moved = [n for n in experts if not torch.equal(after.tensor(n), before.tensor(n))]
+    assert len(experts) == 24 and len(moved) > 12
+
+
 def test_what_a_recipe_may_say(place: Path) -> None:
     recipe = load_recipe(place / "r.yaml", ["refine.minutes=3"])
     assert [(entry.method, entry.steps, entry.minutes) for entry in recipe.refine] == [
