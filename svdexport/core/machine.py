@@ -13,6 +13,16 @@ from pathlib import Path
 
 import psutil
 
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = (  # of version 2 and 1: limit, use, statistics and the name in them of the files' cache
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -59,14 +69,28 @@ def describe() -> dict[str, str | int | float]:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of a container's limit."""
+    """Bytes that this process may still take: of the machine, and of a container's limit.
+
+    Cached pages of files that nobody has used lately count as free, as the system gives them back.
+    """
     free = int(psutil.virtual_memory().available)
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    try:
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no limit ("max"), or another kind of system
-        return free
+    for limit, used, statistics, cached in _CGROUPS:
+        try:
+            most = int((_CGROUP / limit).read_text())
+            taken = int((_CGROUP / used).read_text())
+        except (OSError, ValueError):  # no limit ("max"), or another kind of system
+            continue
+        free = min(free, most - taken + _statistic(_CGROUP / statistics, cached))
     return max(free, 0)
+
+
+def _statistic(path: Path, name: str) -> int:
+    """A figure of a table of names and numbers; 0 where there is none."""
+    try:
+        rows = [line.split() for line in path.read_text().splitlines()]
+        return next((int(row[1]) for row in rows if row[0] == name), 0)
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 @functools.cache

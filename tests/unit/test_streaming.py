@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from svdexport import api
 from svdexport.checkpoint import Checkpoint
+from svdexport.core import machine
 from svdexport.errors import InputError, RecipeError
 from svdexport.export.safetensors_write import SafetensorsWriter
 from svdexport.models.activations import Activations
@@ -244,6 +246,29 @@ def test_when_weights_are_streamed() -> None:
     assert decide_memory("always", 1, 20).streamed
     assert not decide_memory("never", 100, 20).streamed
     assert "16.0 GB of memory free" in decide_memory("auto", 11, 16 * 10**9).note
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "cached"),
+    [
+        (".", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_a_container_s_free_memory_holds_the_cache_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, limit: str, used: str, cached: str
+) -> None:
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=60))
+    assert machine.free_memory() == 60
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / limit).write_text("24\n")
+    (tmp_path / folder / used).write_text("15\n")
+    assert machine.free_memory() == 9
+    (tmp_path / folder / "memory.stat").write_text(f"anon 1\n{cached} 14\nactive_file 0\n")
+    assert machine.free_memory() == 23
+    (tmp_path / folder / limit).write_text("max\n")
+    assert machine.free_memory() == 60
 
 
 def test_the_writer_writes_what_safetensors_writes(tmp_path: Path) -> None:
