@@ -9,24 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdexport.core.machine import free_memory
 from svdexport.errors import MissingExtraError, RecipeError
 from svdexport.recipe import Calibration, Evaluate
 
 GENERATE_BATCH = 64  # sequences written together: decoding is bound by reading the weights
+CACHE_SHARE = 0.75  # of the free memory, for their keys and values
 TOP_P, TOP_K = 0.95, 256
 
 Progress = Callable[[str, int, int], None]
+Note = Callable[[str], None]
 
 
 def texts(
-    calibration: Calibration, evaluate: Evaluate, model: Any, tokenizer: Any, progress: Progress
+    calibration: Calibration,
+    evaluate: Evaluate,
+    model: Any,
+    tokenizer: Any,
+    progress: Progress,
+    note: Note | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Calibration samples (samples, length) and evaluation windows (windows, context), int64.
 
     Where the model writes both, it does so in one go: sequences beyond the samples are held out.
     Raises RecipeError where a text is empty, not UTF-8 or shorter than what is asked for.
     """
-    written = _written(calibration, evaluate, model, progress)
+    written = _written(calibration, evaluate, model, progress, note)
     if calibration.source == "self":
         assert written is not None
         samples = written[: calibration.samples, : calibration.length].contiguous()
@@ -55,6 +63,7 @@ def more_text(
     model: Any,
     tokenizer: Any,
     progress: Progress,
+    note: Note | None = None,
 ) -> Tensor:
     """Further samples (samples, length) of the calibration source, for training.
 
@@ -62,7 +71,7 @@ def more_text(
     Raises RecipeError as ``texts`` does.
     """
     if calibration.source == "self":
-        return write_text(model, samples, length, calibration.seed + 1, progress)
+        return write_text(model, samples, length, calibration.seed + 1, progress, note)
     where, text = _given_text(calibration)
     return _spread(tokenize(tokenizer, text), samples, length, where)
 
@@ -85,14 +94,14 @@ def encoder_texts(
 
 
 def _written(
-    calibration: Calibration, evaluate: Evaluate, model: Any, progress: Progress
+    calibration: Calibration, evaluate: Evaluate, model: Any, progress: Progress, note: Note | None
 ) -> Tensor | None:
     count, length = 0, 0
     if calibration.source == "self":
         count, length = calibration.samples, calibration.length
     if evaluate.text is None:
         count, length = count + evaluate.windows, max(length, evaluate.context)
-    return write_text(model, count, length, calibration.seed, progress) if count else None
+    return write_text(model, count, length, calibration.seed, progress, note) if count else None
 
 
 def consecutive(tokens: list[int], context: int, windows: int, where: str) -> Tensor:
@@ -174,23 +183,40 @@ def _spread(tokens: list[int], samples: int, length: int, where: str) -> Tensor:
 
 
 @torch.no_grad()
-def write_text(model: Any, samples: int, length: int, seed: int, progress: Progress) -> Tensor:
+def write_text(
+    model: Any,
+    samples: int,
+    length: int,
+    seed: int,
+    progress: Progress,
+    note: Note | None = None,
+) -> Tensor:
     """Sequences that the model writes itself, (samples, length): a data-free calibration text.
 
     Every other one begins as documents do, with the beginning token, and may go on beyond an end
     (a chat model writes conversations so). The others, and all where the model has no such token,
     begin with a random token (as in LLM-QAT, Liu et al., 2023, arXiv 2305.17888) and never draw
     a special one. Tokens are drawn at temperature 1 from the most likely 95 % (of 256 at most).
-    Deterministic for a seed, a thread count and a torch version.
+    Deterministic for a seed, a thread count and a torch version, and for the number of sequences
+    written together: 64, or as many as memory holds, which ``note`` is then told.
     """
+    together = min(GENERATE_BATCH, samples)
+    fitting = max(1, int(CACHE_SHARE * free_memory()) // _cache_bytes(model, length))
+    if fitting < together:
+        together = fitting
+        if note is not None:
+            note(
+                f"text written {together} sequences at a time, as memory holds no more; "
+                f"with room for {min(GENERATE_BATCH, samples)} it is another text"
+            )
     generator = torch.Generator().manual_seed(seed)
     config = model.config.get_text_config()
     special = _special_tokens(model)
     allowed = torch.ones(config.vocab_size)
     allowed[special] = 0.0
     written = []
-    for start in range(0, samples, GENERATE_BATCH):
-        count = min(GENERATE_BATCH, samples - start)
+    for start in range(0, samples, together):
+        count = min(together, samples - start)
         first = torch.multinomial(allowed, count, replacement=True, generator=generator)
         documents = torch.zeros(count, dtype=torch.bool)
         if isinstance(config.bos_token_id, int):
@@ -210,6 +236,17 @@ def write_text(model: Any, samples: int, length: int, seed: int, progress: Progr
         written.append(torch.stack(tokens, dim=1))
     progress("write text", samples * length, samples * length)
     return torch.cat(written)
+
+
+def _cache_bytes(model: Any, length: int) -> int:
+    """Of the keys and values of one sequence of that many tokens, from those of one token."""
+    out = model(input_ids=torch.zeros((1, 1), dtype=torch.long), use_cache=True)
+    total = 0
+    for layer in getattr(out.past_key_values, "layers", ()):
+        tokens = min(length, getattr(layer, "sliding_window", None) or length)
+        for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            total += part.nbytes * tokens if isinstance(part, Tensor) else 0
+    return max(1, total)
 
 
 def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -202,6 +202,7 @@ def training_text(
             model.model,
             model.tokenizer,
             job.reporter.progress,
+            job.reporter.note,
         )
         making = kept.with_suffix(".making")
         save_file({"tokens": found}, making)

@@ -167,6 +167,7 @@ def _write_tokens(job: Job, model: ModelUnderWork, path: Path) -> None:
         model.model if written else None,
         model.tokenizer,
         job.reporter.progress,
+        job.reporter.note,
     )
     save_file({"calibration": calibration, "evaluation": evaluation}, path)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from svdexport.errors import RecipeError
+from svdexport.models import corpus
 from svdexport.models.corpus import consecutive, texts, write_text
 from svdexport.recipe import Calibration, Evaluate
 from tests.unit.test_models import llama
@@ -34,6 +35,27 @@ def test_the_model_writes_documents_and_text_after_random_tokens() -> None:
     assert not torch.isin(one[~begin], torch.tensor([0, 1, 2])).any()
     assert torch.equal(one, write_text(model, 70, 9, 5, silent))
     assert not torch.equal(one, write_text(model, 70, 9, 6, silent))
+
+
+def test_no_more_is_written_together_than_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(bos_token_id=1, eos_token_id=2)
+    caches, notes = [], []
+
+    def run(_model: Any, _args: Any, given: dict[str, Any], out: Any) -> None:
+        layers = out.past_key_values.layers
+        caches.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in layers))
+
+    model.register_forward_hook(run, with_kwargs=True)
+    whole = write_text(model, 12, 9, 5, silent, notes.append)
+    assert notes == []
+    free = max(caches) // 2
+    caches.clear()
+    monkeypatch.setattr(corpus, "free_memory", lambda: free)
+    part = write_text(model, 12, 9, 5, silent, notes.append)
+    assert part.shape == whole.shape and not torch.equal(part, whole)
+    assert free / 2 < max(caches) < free
+    (line,) = notes
+    assert "4 sequences at a time" in line
 
 
 def test_each_written_token_is_among_the_likely_ones() -> None:
