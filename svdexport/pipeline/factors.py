@@ -67,10 +67,11 @@ def statistics(recipe: Recipe) -> frozenset[Statistic]:
     if compress.method == "none":  # quantisation takes its own
         return frozenset()
     needs = METHODS[compress.method].needs | STRATEGIES[compress.allocate].needs
-    return needs | {"sampled_gradients"} if _both_labels(recipe) else needs
+    return needs | {"sampled_gradients"} if both_labels(recipe) else needs
 
 
-def _both_labels(recipe: Recipe) -> bool:
+def both_labels(recipe: Recipe) -> bool:
+    """Whether G is the mean of those of the text's tokens and of tokens that the model draws."""
     settings = recipe.compress.settings
     return isinstance(settings, KfacSvd) and settings.labels == "both"
 
@@ -271,7 +272,7 @@ def _group_data(
     inputs = moments.inputs[names[0]].matrix if names[0] in moments.inputs else None
     gradients = None
     if moments.gradients:
-        gradients = tuple(_gradients(recipe, moments, name) for name in names)
+        gradients = tuple(output_moment(recipe, moments, name) for name in names)
     fisher = tuple(moments.fisher[name] for name in names) if moments.fisher else None
     columns = group.members[0].in_features
     # in bytes, or remapped, a pair may be smaller than the dense matrix at any rank
@@ -290,10 +291,10 @@ def _group_data(
     )
 
 
-def _gradients(recipe: Recipe, moments: BlockMoments, name: str) -> Tensor:
+def output_moment(recipe: Recipe, moments: BlockMoments, name: str) -> Tensor:
     """G of one linear, (m, m), as the recipe's method wants it."""
     own = moments.gradients[name].matrix
-    return mean_shape(own, moments.sampled_gradients[name].matrix) if _both_labels(recipe) else own
+    return mean_shape(own, moments.sampled_gradients[name].matrix) if both_labels(recipe) else own
 
 
 def _pack(leader: str, found: Decomposition, errors: Tensor) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from svdexport.models.corpus import more_text
 from svdexport.models.decoder import Decoder
 from svdexport.models.loader import load_model
 from svdexport.models.modules import LowRankLinear
+from svdexport.pipeline.factors import both_labels, output_moment
 from svdexport.pipeline.job import Job, ModelUnderWork, key
 from svdexport.recipe import Recipe, Refine
 from svdexport.recipe.refiners import Training, Tune
@@ -129,16 +130,23 @@ def _refine(
         return Decoder(model.model.to(_device()), model.structure)
 
     def moments() -> Iterator[BlockMoments]:
-        return calibrate(
+        wanted, both = MOMENTS & METHODS[job.recipe.compress.method].needs, both_labels(job.recipe)
+        for found in calibrate(
             model.model.to("cpu"),  # moments are summed in float64, on the CPU
             model.structure,
             load_file(tokens)["calibration"],
             batch=job.recipe.calibration.batch,
             precision=job.recipe.calibration.precision,
-            statistics=MOMENTS & METHODS[job.recipe.compress.method].needs,
+            statistics=wanted | {"sampled_gradients"} if both else wanted,
             scratch=scratch,
+            seed=job.recipe.calibration.seed,
             progress=job.reporter.progress,
-        )
+        ):
+            if both:  # the metric that the factors were made in
+                mean = {name: output_moment(job.recipe, found, name) for name in found.gradients}
+                for name, matrix in mean.items():
+                    found.gradients[name].matrix = matrix
+            yield found
 
     where = f"refine.{job.recipe.refine.index(config)}"
     data = RefineData(

@@ -314,6 +314,15 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _pairs_made_in_sequence(self) -> Recipe:
+        if self.compress.sequential and any(entry.method == "als" for entry in self.refine):
+            raise ValueError(
+                "refine als fits pairs to the original model's inputs, and compress.sequential has "
+                "fitted them to those behind the compressed layers; leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _bytes_of_one_file(self) -> Recipe:
         if self.compress.method == "none" and self.refine:
             raise ValueError("compress.method is none: there is nothing to refine; leave it out")

@@ -322,6 +322,11 @@ def test_settings_belong_to_one_method(path: Path) -> None:
             "emb_ae makes none",
         ),
         (
+            "{method: svd_llm, sequential: true, budget: {param_ratio: 0.5}}",
+            "refine: [{method: als}, {method: distill, steps: 1}]\nexport: [{format: checkpoint}]",
+            "refine als .* leave one of the two out",
+        ),
+        (
             "{method: kfac_svd, sequential: true, budget: {bytes: 1MB}}",
             "quantize: {algorithm: gptq}\nexport: [{format: gguf, type: mixed}]",
             "needs quantize.sequential: true",

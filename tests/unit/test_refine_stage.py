@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -123,6 +125,18 @@ def test_experts_that_stayed_dense_are_trained_too(tmp_path: Path) -> None:
     experts = [name for name in after.names() if ".block_sparse_moe.experts." in name]
     moved = [n for n in experts if not torch.equal(after.tensor(n), before.tensor(n))]
     assert len(experts) == 24 and len(moved) > 12
+
+
+@pytest.mark.parametrize("labels", ["text", "both"])
+def test_als_works_in_the_metric_that_the_factors_were_made_in(place: Path, labels: str) -> None:
+    """Where they are its optimum there is nothing to gain."""
+    line = next(line for line in RECIPE.splitlines() if line.startswith("refine"))
+    (place / "als.yaml").write_text(RECIPE.replace(line, "refine: {method: als, iterations: 4}"))
+    how = [f"compress.settings.labels={labels}"]
+    api.compress(place / "als.yaml", place / labels, how)
+    (note,) = json.loads((place / f".{labels}.work" / "refine" / "1-als.json").read_text())
+    found = re.search(r"metric by (.+)%$", note)
+    assert found and abs(float(found[1])) < 0.1
 
 
 def test_what_a_recipe_may_say(place: Path) -> None:
