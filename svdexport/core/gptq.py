@@ -61,11 +61,12 @@ class Quantized:
     error: float
 
 
-def relative_error(weight: Tensor, values: Tensor, moment: Tensor) -> float:
-    """tr(R H R^T) / tr(W H W^T), R = W - values, in float64; 0 where both are 0."""
-    w, r, h = weight.double(), weight.double() - values.double(), moment.double()
-    total = float(((w @ h) * w).sum())
-    return float(((r @ h) * r).sum()) / total if total > 0 else 0.0
+def relative_error(weight: Tensor, values: Tensor, moment: Tensor | None) -> float:
+    """tr(R H R^T) / tr(W H W^T), R = W - values, in float64; 0 where both are 0. H None: I."""
+    w, r = weight.double(), weight.double() - values.double()
+    h = None if moment is None else moment.double()
+    total = float(((w if h is None else w @ h) * w).sum())
+    return float(((r if h is None else r @ h) * r).sum()) / total if total > 0 else 0.0
 
 
 def round_to_nearest(weight: Tensor, moment: Tensor | None, grid: Grid) -> Quantized:
@@ -78,8 +79,7 @@ def round_to_nearest(weight: Tensor, moment: Tensor | None, grid: Grid) -> Quant
     steps = grid.steps(scales)
     codes = steps.codes(padded)
     values = steps.values(codes)[:, :n]
-    metric = torch.eye(n) if moment is None else moment
-    return Quantized(codes, scales, values, 0.0, relative_error(weight, values, metric))
+    return Quantized(codes, scales, values, 0.0, relative_error(weight, values, moment))
 
 
 def gptq(weight: Tensor, moment: Tensor, grid: Grid, config: GptqConfig) -> Quantized:

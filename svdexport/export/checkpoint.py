@@ -155,7 +155,7 @@ def export(request: ExportRequest) -> Exported:
         (key, tensor.to(dtype) if tensor.is_floating_point() else tensor)
         for key, tensor in checkpoint.iter_tensors()
     )
-    if spec.layout == "remapped":
+    if spec.layout == "remapped" and checkpoint.low_rank:  # else no pair has slots
         shapes = _shapes(checkpoint)
         section = config["quantization_config"] | {
             "remapped": {n: list(s) for n, s in shapes.items()}

@@ -88,6 +88,14 @@ def test_layer_error_is_below_rounding_and_below_ggml(name: str, order: str) -> 
     np.testing.assert_array_equal(read, found.values.numpy())
 
 
+def test_without_a_moment_the_error_is_that_of_the_values() -> None:
+    weight, _ = correlated(24, 96)
+    found = round_to_nearest(weight, None, GRIDS["Q4_0"])
+    squares = (weight.double() - found.values.double()).square().sum()
+    assert found.error == pytest.approx(float(squares / weight.double().square().sum()), rel=1e-12)
+    assert found.error == relative_error(weight, found.values, torch.eye(96))
+
+
 def test_sweeps_never_raise_the_damped_error() -> None:
     weight, moment = correlated(16, 320)
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(320)

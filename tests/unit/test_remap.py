@@ -144,6 +144,17 @@ def test_a_remapped_checkpoint_is_what_transformers_loads(tmp_path: Path) -> Non
         Checkpoint.open(folder)
 
 
+def test_where_every_linear_stays_dense_there_are_no_slots(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "Llama", hidden_size=64, intermediate_size=96)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.replace("0.75", "1.0"))
+    (folder,) = api.export(recipe, tmp_path / "out", reporter=Reporter(quiet=True))
+    source, written = Checkpoint.open(tmp_path / "model"), Checkpoint.open(folder)
+    assert "quantization_config" not in written.config
+    assert written.names() == source.names()
+    assert all(torch.equal(written.tensor(name), source.tensor(name)) for name in source.names())
+
+
 def exported(place: Path, *layouts: str) -> list[Path]:
     """Checkpoints of a tiny model, q, k and v in one group, in each layout."""
     make_model(place / "model", "Llama", hidden_size=64, intermediate_size=96)
