@@ -220,6 +220,7 @@ def verify(
     speed: bool = False,
     model: Path | None = None,
     threads: int | None = None,
+    trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> Repeat | None:
     """Is a published folder still what its manifest says, and does it compute and perform so here?
@@ -233,6 +234,8 @@ def verify(
         model: the source model's folder or GGUF, for quality and speed; default: where the recipe
             said, relative to the current folder.
         threads: for all runtimes; default: as in the run.
+        trust_remote_code: whether Python code in the folder and in the source model may run,
+            whatever the folder's manifest says.
 
     Raises:
         ArtifactError: files or tensors differ; the line names them.
@@ -244,7 +247,7 @@ def verify(
         return None
     from svdexport.pipeline.repeat import Wish, repeat
 
-    wish = Wish(quality, speed, model, threads or result.threads or 1)
+    wish = Wish(quality, speed, model, threads or result.threads or 1, trust_remote_code)
     with resource_errors(str(place), resumes=False):
         return repeat(place, result, wish, reporter or Reporter(quiet=True))
 

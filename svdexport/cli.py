@@ -21,7 +21,6 @@ from svdexport.cli_options import (
     QuietOpt,
     RecipeArg,
     SetOpt,
-    ThreadsOpt,
     command,
     out_console,
     print_json,
@@ -239,7 +238,17 @@ def verify(
         Optional[Path],  # noqa: UP045
         typer.Option("--model", help="The source model, for --quality and --speed."),
     ] = None,
-    threads: ThreadsOpt = None,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--threads", min=1, help="Threads; default: as many as the run used."),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Let Python code in the folder and in the source model run.",
+        ),
+    ] = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
@@ -259,6 +268,7 @@ def verify(
         speed=speed,
         model=model,
         threads=threads,
+        trust_remote_code=trust_remote_code,
         reporter=reporter_of(quiet),
     )
     shown: dict[str, Any] = {"folder": str(folder), "ok": True}

@@ -55,7 +55,8 @@ def write_checkpoint(
     config: dict[str, Any],
     tensors: Iterable[Named],
 ) -> dict[str, TensorRecord]:
-    """Write a folder: weights in shards of at most 2 GB, the given config, the source's tokenizer.
+    """Write a folder: weights in shards of at most 2 GB, the given config, the source's tokenizer
+    and, where the model needs it, its code.
 
     Args:
         out: folder to create. source: folder whose tokenizer files are copied as they are.
@@ -79,10 +80,19 @@ def write_checkpoint(
             shards[-1].append(name)
     _name_shards(out, shards, records)
     write_atomic(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for name in COPIED:
+    code = (path.name for path in source.glob("*.py")) if _asks_for_code(config, source) else ()
+    for name in (*COPIED, *code):
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     return records
+
+
+def _asks_for_code(config: dict[str, Any], source: Path) -> bool:
+    """Whether model or tokenizer need the folder's own code; one that is not trusted with it was
+    refused before."""
+    tokenizer = source / "tokenizer_config.json"
+    settings = json.loads(tokenizer.read_text(encoding="utf-8")) if tokenizer.is_file() else {}
+    return "auto_map" in config or "auto_map" in settings
 
 
 def _name_shards(out: Path, shards: list[list[str]], records: dict[str, TensorRecord]) -> None:

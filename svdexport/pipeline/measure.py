@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from svdexport.checkpoint import is_encoder
 from svdexport.core.measures import ArtifactSpeed, Embeddings, Quality, SpeedReport, SpeedSettings
 from svdexport.files import write_atomic
+from svdexport.models.loader import Source
 from svdexport.pipeline.artifacts import Artifact
 from svdexport.pipeline.inputs import versions
 from svdexport.pipeline.job import Job, ModelUnderWork, key
@@ -61,7 +62,12 @@ def measure_quality(
         found: dict[str, Quality] = {}
         for done, artifact in enumerate(artifacts):
             found[artifact_key(artifact)] = score(
-                artifact.path, windows, reference, job.threads, job.recipe.calibration.seed
+                artifact.path,
+                windows,
+                reference,
+                job.threads,
+                job.recipe.calibration.seed,
+                model.source.trust_remote_code,
             )
             job.reporter.progress("quality", done + 1, len(artifacts))
         write_atomic(record, _QUALITIES.dump_json(found))
@@ -82,7 +88,7 @@ def measure_embeddings(
         meant = dense_embeddings(model.source.folder, whole, texts)
         return {
             artifact_key(artifact): score_embeddings(
-                artifact.path, model.source.folder, texts, meant, job.recipe, job.threads
+                artifact.path, model.source, texts, meant, job.recipe, job.threads
             )
             for artifact in artifacts
         }
@@ -107,26 +113,33 @@ def torch_embed(folder: Path, model: Any) -> Embed:
 
 
 def score_embeddings(
-    path: Path, source: Path, texts: np.ndarray, meant: np.ndarray, recipe: Recipe, threads: int
+    path: Path, source: Source, texts: np.ndarray, meant: np.ndarray, recipe: Recipe, threads: int
 ) -> Embeddings:
     """Embeddings of an artifact beside those of the dense model."""
-    runtime = open_runtime(path, threads=threads, context=texts.shape[1])
+    trusted = source.trust_remote_code
+    context = texts.shape[1]
+    runtime = open_runtime(path, threads=threads, context=context, trust_remote_code=trusted)
     try:
         if isinstance(runtime, EncoderRuntime):
             run = runtime
             found = embed_all(lambda t: run.embed(t, np.ones_like(t)), texts, str(path))
         else:
             assert isinstance(runtime, TorchRuntime)
-            found = embed_all(torch_embed(source, runtime.model), texts, str(path))
+            found = embed_all(torch_embed(source.folder, runtime.model), texts, str(path))
     finally:
         runtime.close()
     return compare(meant, found, texts.shape[1], recipe.calibration.seed)
 
 
-def score(path: Path, windows: np.ndarray, reference: Any, threads: int, seed: int) -> Quality:
-    """Quality of an artifact on windows (W, T) of tokens, and what it writes."""
+def score(
+    path: Path, windows: np.ndarray, reference: Any, threads: int, seed: int, trusted: bool
+) -> Quality:
+    """Quality of an artifact on windows (W, T) of tokens, and what it writes.
+
+    ``trusted``: whether a checkpoint's own code may run.
+    """
     context = max(windows.shape[1], GENERATION_CONTEXT)
-    runtime = open_runtime(path, threads=threads, context=context)
+    runtime = open_runtime(path, threads=threads, context=context, trust_remote_code=trusted)
     try:
         quality = evaluate(runtime, windows, reference, seed=seed)
         return dataclasses.replace(quality, generations=generate(runtime))

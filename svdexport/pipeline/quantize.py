@@ -118,9 +118,10 @@ def _quantize(
 
 def _compressed_weights(model: ModelUnderWork, checkpoint: Path) -> Weights:
     """Those of the checkpoint, streamed where the model's own are."""
+    trusted = model.source.trust_remote_code
     if not model.memory.streamed:
-        return Weights(load_model(checkpoint))
-    return StreamedWeights(checkpoint, model.structure.blocks, model.source.trust_remote_code)
+        return Weights(load_model(checkpoint, trusted))
+    return StreamedWeights(checkpoint, model.structure.blocks, trusted)
 
 
 @dataclass(frozen=True)

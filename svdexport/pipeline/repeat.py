@@ -40,8 +40,9 @@ from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import CheckpointExport, Export, Gates, Model, Recipe, validate
 from svdexport.report import manifest
 from svdexport.report.result import ArtifactResult, RunResult
+from svdexport.runtimes import open_runtime
 from svdexport.runtimes.torch_rt import TorchRuntime
-from svdexport.safety import check_safetensors
+from svdexport.safety import check_config, check_safetensors
 from svdexport.verify import evidence
 from svdexport.verify.gate import judge
 from svdexport.verify.parity import drowned, tolerance
@@ -67,12 +68,17 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Wish:
-    """What to repeat beyond parity; ``model`` is the source model, where it is elsewhere now."""
+    """What to repeat beyond parity; ``model`` is the source model, where it is elsewhere now.
+
+    ``trust_remote_code``: whether code in the folder or in the source model may run. The manifest
+    has no say in it: it comes with the folder.
+    """
 
     quality: bool = False
     speed: bool = False
     model: Path | None = None
     threads: int = 1
+    trust_remote_code: bool = False
 
 
 def repeat(folder: Path, result: RunResult, wish: Wish, reporter: Reporter) -> Repeat:
@@ -87,14 +93,14 @@ def repeat(folder: Path, result: RunResult, wish: Wish, reporter: Reporter) -> R
     with reporter.stage("parity"):
         parity = {}
         for done, artifact in enumerate(kept):
-            parity[artifact.path] = _parity(folder, artifact, wish.threads)
+            parity[artifact.path] = _parity(folder, artifact, wish)
             reporter.progress("parity", done + 1, len(kept))
     quality: dict[str, Quality] = {}
     embeddings: dict[str, Embeddings] = {}
     speed: dict[str, ArtifactSpeed] = {}
     if wish.quality or wish.speed:
         with tempfile.TemporaryDirectory(prefix="svdexport-") as scratch:
-            source = find_source(recipe, result, wish.model, Path(scratch))
+            source = find_source(recipe, result, wish, Path(scratch))
             if wish.quality and is_encoder(Checkpoint.open(source.folder).config):
                 embeddings = _embeddings(folder, kept, source, recipe, wish, reporter)
             elif wish.quality:
@@ -128,11 +134,19 @@ def repeated_gates(gates: Gates, wish: Wish) -> Gates:
     return gates.model_copy(update=left_out)
 
 
-def _parity(folder: Path, artifact: ArtifactResult, threads: int) -> Parity:
+def _parity(folder: Path, artifact: ArtifactResult, wish: Wish) -> Parity:
     path = evidence.path_of(folder, artifact.path)
     kept = evidence.read(path)
-    exact = may_be_exact(folder / artifact.path) and drowned(kept.logits, kept.rounded)
-    runtime = parity_runtime(folder / artifact.path, threads, exact)
+    place, exact, trusted = folder / artifact.path, False, wish.trust_remote_code
+    if artifact.format == "checkpoint":
+        check_config(place, trusted)
+        context = kept.tokens.size
+        runtime = open_runtime(
+            place, threads=wish.threads, context=context, trust_remote_code=trusted
+        )
+    else:
+        exact = may_be_exact(place) and drowned(kept.logits, kept.rounded)
+        runtime = parity_runtime(place, wish.threads, exact)
     try:
         if max(int(kept.tokens.max()), int(kept.columns.max())) >= runtime.vocab_size:
             raise ArtifactError(f"{path}: token ids beyond the vocabulary of {artifact.path}")
@@ -142,12 +156,12 @@ def _parity(folder: Path, artifact: ArtifactResult, threads: int) -> Parity:
     return evidence.repeat(kept, logits, tolerance(artifact.format, artifact.type), exact)
 
 
-def find_source(recipe: Recipe, result: RunResult, given: Path | None, work: Path) -> Source:
-    """The source model: as given, or where the recipe said. Its files must be those of the run.
+def find_source(recipe: Recipe, result: RunResult, wish: Wish, work: Path) -> Source:
+    """The source model: as wished, or where the recipe said. Its files must be those of the run.
 
     Raises RecipeError where it is not there, InputError where a file is another one.
     """
-    place = given or recipe.model.path or recipe.model.gguf
+    place = wish.model or recipe.model.path or recipe.model.gguf
     assert place is not None
     if not place.exists():
         raise RecipeError(
@@ -157,7 +171,7 @@ def find_source(recipe: Recipe, result: RunResult, given: Path | None, work: Pat
     model = Model(
         path=None if is_gguf else place,
         gguf=place if is_gguf else None,
-        trust_remote_code=recipe.model.trust_remote_code,
+        trust_remote_code=wish.trust_remote_code,
     )
     for name, digest in result.source.files.items():
         file = place if is_gguf else place / name
@@ -185,7 +199,9 @@ def _quality(
         seed = recipe.calibration.seed
         for done, artifact in enumerate(kept):
             place = folder / artifact.path
-            found[artifact.path] = score(place, windows, reference, wish.threads, seed)
+            found[artifact.path] = score(
+                place, windows, reference, wish.threads, seed, wish.trust_remote_code
+            )
             reporter.progress("quality", done + 1, len(kept))
     return found
 
@@ -212,9 +228,7 @@ def _embeddings(
         model: Any = load_model(source.folder, source.trust_remote_code)
         meant = dense_embeddings(source.folder, model, texts)
         return {
-            a.path: score_embeddings(
-                folder / a.path, source.folder, texts, meant, recipe, wish.threads
-            )
+            a.path: score_embeddings(folder / a.path, source, texts, meant, recipe, wish.threads)
             for a in kept
         }
 

@@ -17,11 +17,19 @@ NAMES = {
 }
 
 
-def open_runtime(path: Path, *, threads: int, context: int, runtime: str | None = None) -> Runtime:
+def open_runtime(
+    path: Path,
+    *,
+    threads: int,
+    context: int,
+    runtime: str | None = None,
+    trust_remote_code: bool = False,
+) -> Runtime:
     """Load an artifact in its runtime (the first of its kind's, unless one is named).
 
     Args:
         context: longest sequence that will be run, in tokens.
+        trust_remote_code: whether a checkpoint's own code may run.
 
     Raises:
         InputError: not an artifact, or the runtime refuses it.
@@ -38,7 +46,7 @@ def open_runtime(path: Path, *, threads: int, context: int, runtime: str | None 
         if name == "torch":
             from svdexport.runtimes.torch_rt import TorchRuntime
 
-            return TorchRuntime(path, threads)
+            return TorchRuntime(path, threads, trust_remote_code=trust_remote_code)
         if name == "llama.cpp":
             from svdexport.runtimes.llama_cpp_rt import LlamaCppRuntime
 

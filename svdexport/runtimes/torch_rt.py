@@ -23,11 +23,16 @@ class TorchRuntime:
 
     name = "torch"
 
-    def __init__(self, path: Path, threads: int, model: Any = None) -> None:
-        """Load ``path``; or take ``model``, already loaded, with the tokenizer of ``path``."""
-        self.path, self.threads = path, threads
+    def __init__(
+        self, path: Path, threads: int, model: Any = None, trust_remote_code: bool = False
+    ) -> None:
+        """Load ``path``; or take ``model``, already loaded, with the tokenizer of ``path``.
+
+        ``trust_remote_code``: whether code in the folder may run.
+        """
+        self.path, self.threads, self.trust_remote_code = path, threads, trust_remote_code
         torch.set_num_threads(threads)
-        self.model = _load(path) if model is None else model
+        self.model = _load(path, trust_remote_code) if model is None else model
         self.vocab_size = int(self.model.config.get_text_config().vocab_size)
         self._tokenizer: Any = None
 
@@ -89,7 +94,9 @@ class TorchRuntime:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                str(self.path), trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
         return self._tokenizer
 
 
@@ -120,11 +127,15 @@ def auto_class(folder: Path) -> Any:
     return AutoModel if is_encoder(config) else AutoModelForCausalLM
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, trust_remote_code: bool) -> Any:
     try:
         with quiet_transformers():
             model = auto_class(path).from_pretrained(
-                str(path), dtype=torch.float32, local_files_only=True, use_safetensors=True
+                str(path),
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
             )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):

@@ -135,7 +135,7 @@ def _refuse_code(folder: Path) -> None:
             if "auto_map" in data or "custom_pipelines" in data:
                 raise InputError(
                     f"{path}: asks to run the model's own code (auto_map); only where you trust "
-                    f"it, set model.trust_remote_code: true"
+                    f"it, set model.trust_remote_code: true (verify: --trust-remote-code)"
                 )
 
 
