@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from svdexport.checkpoint import is_encoder
 from svdexport.files import write_atomic
 from svdexport.report import figures, markdown
 from svdexport.report.result import ArtifactResult, RunResult
@@ -40,7 +41,7 @@ def metadata(result: RunResult) -> dict[str, Any]:
     formats = dict.fromkeys(a.format for a in _kept(result))
     if "checkpoint" in formats:
         data["library_name"] = "transformers"
-    data["pipeline_tag"] = "text-generation"
+    data["pipeline_tag"] = "feature-extraction" if _is_encoder(result) else "text-generation"
     data["tags"] = ["svdexport", "low-rank", *(f for f in formats if f != "checkpoint")]
     return data
 
@@ -87,58 +88,126 @@ def _sections(result: RunResult) -> Iterator[str]:
 
 
 def _usage(result: RunResult) -> Iterator[str]:
-    pairs = bool(figures.factorised(result))
+    pairs, encoder = bool(figures.factorised(result)), _is_encoder(result)
     for artifact in _kept(result):
         where = f"{artifact.label} on {artifact.runtime}"
         yield f"### {markdown.escape(where)}: {markdown.code(artifact.path)}"
         if artifact.format == "gguf":
             yield from _gguf_usage(artifact, pairs)
-        elif artifact.format == "onnx":
-            yield from _onnx_usage(artifact)
+        elif artifact.format == "checkpoint":
+            yield from _checkpoint_usage(artifact, encoder)
+        elif encoder:
+            yield fence(_EMBED.format(folder=artifact.path), "python")
         else:
-            yield from _checkpoint_usage(artifact)
+            yield from _onnx_usage(artifact)
+
+
+def _is_encoder(result: RunResult) -> bool:
+    return is_encoder({"architectures": [result.source.architecture]})
 
 
 def _gguf_usage(artifact: ArtifactResult, pairs: bool) -> Iterator[str]:
-    if pairs:
+    adapter = next((name for name in artifact.files if name.endswith(".lora.gguf")), None)
+    if adapter is not None:
+        yield (
+            f"A base and, in {markdown.code(adapter)}, a LoRA adapter: any llama.cpp runs the two "
+            "together (`--lora` of its own programs)."
+        )
+        if not artifact.type.endswith("-weight"):
+            yield "The base alone is what the adapter leaves of the model, and writes nonsense."
+    elif pairs and "-stock" not in artifact.type:
         yield (
             "It holds low-rank pairs, which a stock llama.cpp refuses to load. The llama.cpp that "
             "svdexport builds (`make setup` in its sources) runs it through llama-cpp-python:"
         )
+    beside = "" if adapter is None else f"lora_path={adapter!r}, "
     yield fence(
         "from llama_cpp import Llama\n\n"
-        f"model = Llama({artifact.path!r}, n_ctx=2048)\n"
+        f"model = Llama({artifact.path!r}, {beside}n_ctx=2048)\n"
         'print(model("The capital of France is", max_tokens=32)["choices"][0]["text"])',
         "python",
     )
 
 
+_GENAI = """\
+import onnxruntime_genai as og
+
+model = og.Model({folder!r})
+tokenizer = og.Tokenizer(model)
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=64, do_sample=False)
+generator = og.Generator(model, params)
+generator.append_tokens(tokenizer.encode("The capital of France is"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))"""
+
+_SESSION = """\
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+folder = {folder!r}
+tokenizer = Tokenizer.from_file(folder + "/tokenizer.json")
+session = onnxruntime.InferenceSession(folder + "/model.onnx")
+inputs = {{value.name: value for value in session.get_inputs()}}
+outputs = [value.name for value in session.get_outputs()]
+cache = {{}}
+for name, value in inputs.items():
+    if name.startswith("past_key_values."):
+        kind = np.float16 if value.type == "tensor(float16)" else np.float32
+        cache[name] = np.zeros((1, value.shape[1], 0, value.shape[3]), kind)
+ids = tokenizer.encode("The capital of France is").ids
+step = ids
+for _ in range(32):
+    places = range(len(ids) - len(step), len(ids))
+    feeds = {{"input_ids": step, "attention_mask": [1] * len(ids), "position_ids": places}}
+    feeds = {{k: np.array([list(v)], np.int64) for k, v in feeds.items() if k in inputs}}
+    found = dict(zip(outputs, session.run(outputs, feeds | cache)))
+    cache = {{name: found[name.replace("past_key_values", "present")] for name in cache}}
+    step = [int(found["logits"][0, -1].argmax())]
+    ids = ids + step
+print(tokenizer.decode(ids))"""
+
+_EMBED = """\
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+folder = {folder!r}
+tokenizer = Tokenizer.from_file(folder + "/tokenizer.json")
+session = onnxruntime.InferenceSession(folder + "/model.onnx")
+text = tokenizer.encode("The capital of France is Paris.")
+feeds = {{
+    "input_ids": np.array([text.ids], np.int64),
+    "attention_mask": np.array([text.attention_mask], np.int64),
+}}
+print(session.run(["sentence_embedding"], feeds)[0])  # of length 1"""
+
+
 def _onnx_usage(artifact: ArtifactResult) -> Iterator[str]:
-    yield fence(
-        "import onnxruntime_genai as og\n\n"
-        f"model = og.Model({artifact.path!r})\n"
-        "tokenizer = og.Tokenizer(model)\n"
-        "params = og.GeneratorParams(model)\n"
-        "params.set_search_options(max_length=64, do_sample=False)\n"
-        "generator = og.Generator(model, params)\n"
-        'generator.append_tokens(tokenizer.encode("The capital of France is"))\n'
-        "while not generator.is_done():\n"
-        "    generator.generate_next_token()\n"
-        "print(tokenizer.decode(generator.get_sequence(0)))",
-        "python",
-    )
+    if artifact.runtime != "onnxruntime-genai":  # a latent cache
+        yield "A plain onnxruntime session runs it, onnxruntime-genai does not:"
+        yield fence(_SESSION.format(folder=artifact.path), "python")
+        return
+    yield fence(_GENAI.format(folder=artifact.path), "python")
     yield (
         "A plain onnxruntime session runs it as well: inputs `input_ids`, `attention_mask` and "
         "`past_key_values.N.key/value`, outputs `logits` and `present.N.key/value`."
     )
 
 
-def _checkpoint_usage(artifact: ArtifactResult) -> Iterator[str]:
+def _checkpoint_usage(artifact: ArtifactResult, encoder: bool) -> Iterator[str]:
+    kind = "AutoModel" if encoder else "AutoModelForCausalLM"
+    code = any(name.endswith(".py") for name in artifact.files)
+    trust = ", trust_remote_code=True" if code else ""
+    if code:
+        yield "It brings Python code of its own, which runs with your rights: read it first."
     yield fence(
         "import svdexport  # registers the low-rank layers\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({artifact.path!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({artifact.path!r})",
+        f"from transformers import {kind}, AutoTokenizer\n\n"
+        f"model = {kind}.from_pretrained({artifact.path!r}{trust})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({artifact.path!r}{trust})",
         "python",
     )
 

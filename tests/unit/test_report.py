@@ -229,6 +229,48 @@ def test_card_guesses_neither_licence_nor_base() -> None:
     assert "refuses" not in text  # no pairs were planned: any llama.cpp runs it
 
 
+def with_artifact(number: int, **changes: Any) -> str:
+    """The card's usage part, with one artifact of the example changed and alone."""
+    base = example_result()
+    source = dataclasses.replace(base.source, architecture=changes.pop("architecture", "XForLM"))
+    one = dataclasses.replace(base.artifacts[number], **changes)
+    text = card.render(dataclasses.replace(base, artifacts=(one,), source=source))
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(block, "card", "exec")
+    return text.partition("## Results")[0]
+
+
+def test_card_names_an_adapter_and_what_a_stock_llama_cpp_runs() -> None:
+    name = "model-Q8_0-stock-lora"
+    files = {f"{name}.gguf": "ab", f"{name}.lora.gguf": "cd"}
+    text = with_artifact(1, path=f"{name}.gguf", type="Q8_0-stock-lora", files=files)
+    assert f"Llama('{name}.gguf', lora_path='{name}.lora.gguf', n_ctx=2048)" in text
+    assert "refuses" not in text and "The base alone" in text
+    text = with_artifact(1, path=f"{name}.gguf", type="Q8_0-stock-lora-weight", files=files)
+    assert "lora_path" in text and "The base alone" not in text
+    text = with_artifact(1, path="model-Q8_0-stock.gguf", type="Q8_0-stock")
+    assert "refuses" not in text and "lora" not in text
+
+
+def test_card_of_an_encoder_shows_embeddings() -> None:
+    bert: dict[str, Any] = {"architecture": "BertModel"}
+    text = with_artifact(3, runtime="onnxruntime", quality=None, **bert)
+    assert "pipeline_tag: feature-extraction" in text
+    assert "sentence_embedding" in text and "onnxruntime_genai" not in text
+    text = with_artifact(3, path="checkpoint", format="checkpoint", runtime="torch", **bert)
+    assert "AutoModel.from_pretrained('checkpoint')" in text and "CausalLM" not in text
+
+
+def test_card_shows_genai_only_where_it_runs_and_code_that_must_be_trusted() -> None:
+    text = with_artifact(3, runtime="onnxruntime", path="onnx-int4-latent")
+    assert "onnxruntime_genai as" not in text and "InferenceSession" in text
+    plain: dict[str, Any] = {"path": "checkpoint", "format": "checkpoint", "runtime": "torch"}
+    assert "trust_remote_code" not in with_artifact(3, **plain)
+    text = with_artifact(3, **plain, files={"checkpoint/own.py": "ab"})
+    assert "from_pretrained('checkpoint', trust_remote_code=True)" in text
+    assert "Python code of its own" in text
+
+
 @pytest.mark.parametrize("render", [card.render, markdown.summary])
 def test_hostile_text_stays_text_in_markdown(render: object) -> None:
     text = render(hostile())  # type: ignore[operator]
