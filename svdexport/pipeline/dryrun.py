@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from svdexport.allocate import Allocation, uniform
+from svdexport.core.machine import free_memory
 from svdexport.models.blocks import InputGroup
 from svdexport.models.loader import Source, configuration_of
 from svdexport.models.shapes import Shapes, shapes_of
 from svdexport.pipeline import estimate, speed_budget
 from svdexport.pipeline.compress import NOTHING_ASKED, candidate
 from svdexport.pipeline.factors import chosen_groups
+from svdexport.pipeline.job import decide_memory
 from svdexport.pipeline.sizes import exports_of
+from svdexport.pipeline.stages import check_kind, check_streamed
 from svdexport.recipe import Compress, Recipe
 
 
@@ -27,6 +31,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="svdexport-") as scratch:
         source = _source(recipe, Path(scratch))
         shapes = shapes_of(source.folder, source.trust_remote_code)
+        _check(recipe, source, shapes)
         groups = chosen_groups(recipe, shapes.structure)
         chosen, speedup = _ranks(recipe, shapes, groups)
         exports = exports_of(recipe, source, shapes, groups, chosen, Path(scratch))
@@ -66,6 +71,15 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         "memory_bytes": estimate.memory_bytes(recipe, shapes),
         "seconds": estimate.seconds(recipe, shapes, groups),
     }
+
+
+def _check(recipe: Recipe, source: Source, shapes: Shapes) -> None:
+    """What a run would refuse. Raises RecipeError."""
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    check_kind(recipe, config)
+    if recipe.compress.stream == "always":  # else the machine of the run decides
+        size = shapes.count * estimate.BYTES_F32
+        check_streamed(recipe, lambda: decide_memory("always", size, free_memory()))
 
 
 def _kind_of_ranks(compress: Compress) -> str:

@@ -11,6 +11,7 @@ from svdexport.errors import InputError, RecipeError
 from svdexport.recipe import Recipe
 from svdexport.runtimes.artifact import kind
 from svdexport.safety import (
+    ModelFolder,
     check_config,
     check_file_finite,
     check_gguf,
@@ -18,6 +19,9 @@ from svdexport.safety import (
     check_onnx,
 )
 from svdexport.safety.paths import check_regular
+
+# Names of learned positions in GPT-2 and its kin, OPT, and BERT and its kin.
+POSITION_TABLES = (".wpe.weight", "embed_positions.weight", "position_embeddings.weight")
 
 
 def check_inputs(recipe: Recipe, *, weights: bool = True) -> None:
@@ -28,13 +32,15 @@ def check_inputs(recipe: Recipe, *, weights: bool = True) -> None:
             without, a folder that has its configuration alone will do.
 
     Raises:
-        InputError: the model. RecipeError: a text or a data set.
+        InputError: the model. RecipeError: a text, a data set, or a length beyond the model's
+            positions.
     """
     model = recipe.model
     if model.path is not None and not weights and not any(model.path.glob("*.safetensors")):
         check_config(model.path, model.trust_remote_code)
     elif model.path is not None:
         folder = check_model_folder(model.path, model.trust_remote_code)
+        check_lengths(recipe, folder)
         for header in folder.headers if weights else ():
             check_file_finite(header)
     elif model.gguf is not None:
@@ -48,6 +54,40 @@ def check_inputs(recipe: Recipe, *, weights: bool = True) -> None:
     data = recipe.calibration.dataset
     if data is not None and not data.exists():
         raise RecipeError(f"calibration.dataset: {data}: no such file or folder")
+
+
+def check_lengths(recipe: Recipe, folder: ModelFolder) -> None:
+    """Refuse, as RecipeError, sequences longer than a table of learned positions."""
+    most = positions(folder)
+    lengths = {
+        "calibration.length": recipe.calibration.length,
+        "evaluate.context": recipe.evaluate.context,
+    }
+    if any(export.format != "checkpoint" for export in recipe.export):  # else nothing is timed
+        lengths["speed.prefill"] = max(recipe.speed.prefill)
+    for key, length in lengths.items():
+        if most is not None and length > most:
+            raise RecipeError(
+                f"{key}: {length} tokens, but {recipe.model.path} has learned {most} positions; "
+                f"give at most {most}"
+            )
+
+
+def positions(folder: ModelFolder) -> int | None:
+    """Tokens that a table of learned positions serves; None for a model without one."""
+    config = folder.config
+    if config.get("position_embedding_type") == "rotary":
+        return None
+    rows = [
+        info.shape[0] for name, info in folder.tensors.items() if name.endswith(POSITION_TABLES)
+    ]
+    if not rows:
+        return None
+    stated = (config.get(key) for key in ("max_position_embeddings", "n_positions"))
+    most = min([*rows, *(value for value in stated if type(value) is int)])
+    # RoBERTa's positions begin behind the padding token's number.
+    first = config.get("pad_token_id") if "roberta" in str(config.get("model_type")) else None
+    return most - first - 1 if type(first) is int else most
 
 
 def check_text(path: Path, key: str) -> None:

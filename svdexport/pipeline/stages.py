@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from svdexport.pipeline.byte_budget import allocate_bytes
 from svdexport.pipeline.factor_files import importance, moment_trouble
 from svdexport.pipeline.factors import chosen_groups, factorize_blocks, finished_blocks, statistics
 from svdexport.pipeline.inputs import texts_stamp
-from svdexport.pipeline.job import Job, ModelUnderWork, key, source_key
+from svdexport.pipeline.job import Job, Memory, ModelUnderWork, key, source_key
 from svdexport.pipeline.refine import run_refinement
 from svdexport.pipeline.sequential import fitted_dense, refactor_in_sequence
 from svdexport.pipeline.trials import measured
@@ -60,10 +61,8 @@ class Compressed:
 def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
     """Text, factors, ranks, the checkpoint, refinement; finished stages are not repeated."""
     recipe = job.recipe
-    if is_encoder(model.checkpoint.config):
-        check_encoder(recipe)
-    else:
-        check_gates(recipe, ("min_cosine", "min_rank_correlation"), "only an encoder's embeddings")
+    check_kind(recipe, model.checkpoint.config)
+    check_streamed(recipe, lambda: model.memory)
     origin = source_key(model.source)
     tokens_key = key(origin, recipe.calibration, recipe.evaluate, texts_stamp(recipe))
     tokens = job.work / "tokens.safetensors"
@@ -115,6 +114,14 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
     return Compressed(refined.checkpoint, rows, tokens, refined.key, refined.notes)
 
 
+def check_kind(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Refuse, as RecipeError, what the model of a config.json, a decoder or an encoder, lacks."""
+    if is_encoder(config):
+        check_encoder(recipe)
+    else:
+        check_gates(recipe, ("min_cosine", "min_rank_correlation"), "only an encoder's embeddings")
+
+
 def check_encoder(recipe: Recipe) -> None:
     """Refuse, as RecipeError, what a model without a language-model head cannot do."""
     what = recipe.compress
@@ -140,6 +147,21 @@ def check_encoder(recipe: Recipe) -> None:
 
     of_text = ("max_perplexity_ratio", "max_mean_kld", "min_same_top", "min_decode_speedup")
     check_gates(recipe, of_text, "only a language model's next tokens")
+
+
+def check_streamed(recipe: Recipe, memory: Callable[[], Memory]) -> None:
+    """Refuse, as RecipeError, what needs all weights at once where they are streamed."""
+    what, tune = recipe.compress, recipe.quantize and recipe.quantize.tune
+    needs, instead = "", ""
+    if what.method != "none" and STRATEGIES[what.allocate].measure is not None:
+        needs = f"compress.allocate: {what.allocate} measures the whole model"
+        instead = "; choose uniform, greedy, svd_llm_v2, adacr or lorc"
+    elif what.by_bytes:
+        needs = "compress.budget.bytes runs the model as a whole"
+    elif tune is not None:
+        needs = "quantize.tune trains the model as a whole"
+    if needs and memory().streamed:
+        raise RecipeError(f"{needs}, but {memory().note}{instead}")
 
 
 def check_gates(recipe: Recipe, names: tuple[str, ...], whose: str) -> None:
@@ -243,11 +265,6 @@ def _assemble(
     recipe, structure = job.recipe, model.structure
     more: dict[str, dict[str, Any]] = {}
     if STRATEGIES[recipe.compress.allocate].measure is not None:
-        if model.memory.streamed:
-            raise RecipeError(
-                f"compress.allocate: {recipe.compress.allocate} measures the whole model, but "
-                f"{model.memory.note}; choose uniform, greedy, svd_llm_v2, adacr or lorc"
-            )
         text = load_file(tokens)["calibration"]
         more = measured(recipe, structure, factors, model.model, text, job.reporter.progress)
     if recipe.compress.by_bytes:

@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
 from svdexport import api
 from svdexport.allocate import uniform
 from svdexport.checkpoint import SLOTS, Checkpoint
-from svdexport.errors import InputError
+from svdexport.errors import InputError, RecipeError
 from svdexport.export import ExportRequest, exporter, gguf_base
 from svdexport.models.blocks import InputGroup, Linear, Structure
 from svdexport.models.shapes import shapes_of
 from svdexport.pipeline.compress import allocate_ranks, candidate
 from svdexport.pipeline.factor_files import factors_file, save_factors
 from svdexport.pipeline.factors import chosen_groups
+from svdexport.pipeline.preflight import check_inputs, positions
 from svdexport.pipeline.sizes import weight_bytes
 from svdexport.recipe import (
     CheckpointExport,
@@ -29,7 +31,9 @@ from svdexport.recipe import (
     Recipe,
     load_recipe,
 )
+from svdexport.safety import check_model_folder
 from tests.unit.gguf_models import make_model
+from tests.unit.tiny_checkpoints import make_model as make_tiny
 
 RECIPE = """\
 schema: 1
@@ -277,6 +281,49 @@ def test_a_configuration_alone_is_checked_too(tmp_path: Path) -> None:
     code = LLAMA_70B | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}
     (tmp_path / "model" / "config.json").write_text(json.dumps(code))
     with pytest.raises(InputError, match="trust_remote_code"):
+        api.plan(recipe_of(tmp_path)[0])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_lengths_end_where_learned_positions_do(family: str, tmp_path: Path) -> None:
+    make_tiny(tmp_path / "model", family)  # 128 positions
+    path, _ = recipe_of(tmp_path)
+    fits = ["speed.prefill=[16,128]", "calibration.length=128", "evaluate.context=128"]
+    check_inputs(load_recipe(path, fits))
+    for key, value in {
+        "speed.prefill": "[16, 129]",
+        "calibration.length": "129",
+        "evaluate.context": "129",
+    }.items():
+        longer = load_recipe(path, [*fits, f"{key}={value}"])
+        if family == "llama":  # rotary positions have no end
+            check_inputs(longer)
+            continue
+        with pytest.raises(RecipeError, match=f"^{key}: 129 tokens.* at most 128"):
+            check_inputs(longer)
+    path.write_text(RECIPE[: RECIPE.index("export:")] + "export: [{format: checkpoint}]\n")
+    check_inputs(load_recipe(path, [*fits, "speed.prefill=[512]"]))  # nothing is timed
+
+
+@pytest.mark.parametrize(("kind", "most"), [("bert", 64), ("roberta", 62)])
+def test_positions_of_encoders(kind: str, most: int, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        kind, vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64,
+    )  # fmt: skip
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    assert positions(check_model_folder(tmp_path)) == most
+    model = AutoModel.from_pretrained(tmp_path)
+    assert model(torch.full((1, most), 5)).last_hidden_state.shape[1] == most
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, most + 1), 5))
+
+
+def test_what_a_run_refuses_of_an_encoder_is_not_planned(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("bert", hidden_size=64, num_attention_heads=2)
+    config.architectures = ["BertModel"]
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(RecipeError, match="an encoder writes no text"):
         api.plan(recipe_of(tmp_path)[0])
 
 

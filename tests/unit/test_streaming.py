@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -238,6 +239,30 @@ def test_a_streamed_model_does_not_write_the_text_itself(place: Path) -> None:
     own = ["calibration.source=self", "calibration.file=null", "compress.stream=always"]
     with pytest.raises(RecipeError, match=r"calibration.*calibration\.source: file"):
         api.compress(place / "r.yaml", place / "a", own)
+
+
+WHOLE = {
+    "compress.budget.bytes": (
+        {"budget": {"bytes": "300KB"}}, {"algorithm": "gptq"}, {"format": "gguf", "type": "mixed"}
+    ),
+    "compress.allocate: asvd": ({"method": "asvd", "allocate": "asvd"}, None, None),
+    "quantize.tune": ({}, {"tune": {"steps": 2}}, {"format": "gguf", "type": "Q8_0"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("named", WHOLE)
+def test_what_needs_all_weights_is_refused_before_anything_is_done(place: Path, named: str) -> None:
+    recipe = yaml.safe_load(RECIPE)
+    compress, quantize, export = WHOLE[named]
+    recipe["compress"] |= {**compress, "stream": "always"}  # type: ignore[dict-item]
+    recipe["quantize"] = quantize
+    recipe["export"] = [export] if export else recipe["export"]
+    (place / "r.yaml").write_text(yaml.safe_dump(recipe))
+    for call in (lambda: api.compress(place / "r.yaml", place / "a"),
+                 lambda: api.plan(place / "r.yaml")):  # fmt: skip
+        with pytest.raises(RecipeError, match=rf"^{named}.*compress\.stream: always"):
+            call()
+    assert not (place / ".a.work" / "tokens.safetensors").exists()
 
 
 def test_when_weights_are_streamed() -> None:
