@@ -33,6 +33,8 @@ def _compare(
     error = float(gap.std(ddof=1) / np.sqrt(gap.size)) if gap.size > 1 else np.inf
     mean = float(gap.mean())
     word = "undecided" if abs(mean) <= _ERRORS * error else "worse" if mean > 0 else "better"
+    # A plain file beside several compressed ones was timed with one of them.
+    same_twin = artifact.speed and rival.speed and artifact.speed.baseline == rival.speed.baseline
     return Comparison(
         artifact=artifact.path,
         plain=rival.path,
@@ -42,7 +44,7 @@ def _compare(
         perplexity=mine.perplexity,
         plain_perplexity=its.perplexity,
         decode_speedup=_median(artifact, "decode_speedup"),
-        plain_decode_speedup=_median(rival, "decode_speedup"),
+        plain_decode_speedup=_median(rival, "decode_speedup") if same_twin else None,
     )
 
 

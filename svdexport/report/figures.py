@@ -48,10 +48,10 @@ def rows(result: RunResult) -> list[Row]:
     artifacts = {a.path: a for a in result.artifacts}
     rivals = {c.plain: artifacts[c.artifact] for c in reversed(_compared(result))}
 
-    def group(artifact: ArtifactResult) -> tuple[str, str, str]:
+    def group(artifact: ArtifactResult) -> tuple[str, str]:
         """A plain file stands with the compressed one that it is compared with."""
         peer = rivals.get(artifact.path, artifact)
-        return peer.format, peer.type, peer.runtime
+        return peer.label, peer.runtime
 
     groups = list(dict.fromkeys(group(a) for a in result.artifacts if a.role != "plain"))
     groups += [g for g in map(group, result.artifacts) if g not in groups]

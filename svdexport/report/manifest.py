@@ -77,12 +77,14 @@ def figures(result: RunResult) -> Iterator[dict[str, Any]]:
             "artifact": artifact.path,
             "figure": "bytes",
             "value": artifact.bytes,
-            "command": f"svdexport inspect {shlex.quote(artifact.path)}",
+            "command": shlex.join(["svdexport", "inspect", artifact.path])
+            if artifact.kept
+            else result.command,
         }
         if artifact.quality is not None:
-            yield from _quality(result, artifact, artifact.quality)
+            yield from _again(result, artifact, artifact.quality, _QUALITY_FIGURES)
         if artifact.embeddings is not None:
-            yield from _embeddings(result, artifact, artifact.embeddings)
+            yield from _again(result, artifact, artifact.embeddings, _EMBEDDING_FIGURES)
         if artifact.speed is not None:
             yield from _speed(result, artifact)
 
@@ -122,24 +124,14 @@ def shipped_schema() -> dict[str, Any]:
     return data
 
 
-def _quality(
-    result: RunResult, artifact: ArtifactResult, quality: Quality
-) -> Iterator[dict[str, Any]]:
-    command = _eval_command(result, artifact, quality)
-    yield from _with_spreads(artifact, quality, _QUALITY_FIGURES, command)
-
-
-def _embeddings(
-    result: RunResult, artifact: ArtifactResult, found: Embeddings
-) -> Iterator[dict[str, Any]]:
-    command = _verify_command(result, artifact, "--quality")
-    yield from _with_spreads(artifact, found, _EMBEDDING_FIGURES, command)
-
-
-def _with_spreads(
-    artifact: ArtifactResult, found: Quality | Embeddings, names: tuple[str, ...], command: str
+def _again(
+    result: RunResult,
+    artifact: ArtifactResult,
+    found: Quality | Embeddings,
+    names: tuple[str, ...],
 ) -> Iterator[dict[str, Any]]:
     """The figures that there are, with the interval of those that have one."""
+    command = _verify_command(result, artifact, "--quality")
     for name in names:
         value = getattr(found, name)
         if value is None:
@@ -151,23 +143,17 @@ def _with_spreads(
         yield entry
 
 
-def _eval_command(result: RunResult, artifact: ArtifactResult, quality: Quality) -> str:
-    """`eval` where the text is a file and the model a folder, else `verify --quality`; the run
-    itself for what is not in the folder."""
-    text = result.recipe.get("evaluate", {}).get("text")
-    model = result.recipe.get("model", {}).get("path")
-    if not (text and model and artifact.kept):
-        return _verify_command(result, artifact, "--quality")
-    parts = ["svdexport", "eval", artifact.path, "--text", str(text)]
-    parts += ["--context", str(quality.context), "--windows", str(quality.windows)]
-    return shlex.join([*parts, "--reference", str(model)])
-
-
 def _verify_command(result: RunResult, artifact: ArtifactResult, option: str) -> str:
-    """In the published folder; the model is where the reader has it, under the name it had."""
+    """In the published folder; the model is where the reader has it, under the name it had.
+
+    The run's own command for what is not in the folder.
+    """
     if not artifact.kept:
         return result.command
-    return shlex.join(["svdexport", "verify", ".", option, "--model", result.source.name])
+    parts = ["svdexport", "verify", ".", option, "--model", result.source.name]
+    if result.recipe.get("model", {}).get("trust_remote_code"):
+        parts.append("--trust-remote-code")
+    return shlex.join(parts)
 
 
 def _speed(result: RunResult, artifact: ArtifactResult) -> Iterator[dict[str, Any]]:

@@ -84,7 +84,10 @@ class ArtifactResult:
 
     @property
     def label(self) -> str:
-        return f"{self.format} {self.type}".strip()
+        """Format and type, of an ONNX folder with what else its name says of it."""
+        name = file_name(self.path)
+        own = name.startswith(f"onnx-{self.type}") and self.format == "onnx"
+        return f"onnx {name.removeprefix('onnx-')}" if own else f"{self.format} {self.type}".strip()
 
 
 @dataclass(frozen=True)
@@ -161,18 +164,23 @@ class RunResult:
     schema: int = SCHEMA_VERSION
 
     def baseline_of(self, artifact: ArtifactResult) -> ArtifactResult | None:
-        """The dense twin: same format, type and runtime; None for a dense artifact or where there
-        is none.
+        """The dense twin, of the same name; else one of the same format, type and runtime.
+
+        None for a dense artifact or where there is none.
         """
         if artifact.role == "dense":
             return None
-        for other in self.artifacts:
+        dense = [other for other in self.artifacts if other.role == "dense"]
+        twin = next((other for other in dense if other.path == f"dense/{artifact.path}"), None)
+        if twin is not None:
+            return twin
+        for other in dense:
             same = (other.format, other.type, other.runtime) == (
                 artifact.format,
                 artifact.type,
                 artifact.runtime,
             )
-            if other.role == "dense" and same:
+            if same:
                 return other
         return None
 

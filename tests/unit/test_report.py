@@ -22,8 +22,9 @@ from rich.console import Console
 from svdexport.core.measures import GateResult, Speedup, Verdict
 from svdexport.files import sha256_file
 from svdexport.report import card, figures, html, manifest, markdown, svg, table
+from svdexport.report.equal_bytes import comparisons
 from svdexport.report.result import ArtifactResult, PlanRow, RunResult, SourceModel, StageTime
-from tests.unit.report_example import example_result
+from tests.unit.report_example import artifact, example_result
 
 EVIL = "<script>alert('x')</script>\"'`|*_[a](javascript:x)"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -323,17 +324,60 @@ def test_manifest_lists_files_and_repeats_figures(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_figures_on_a_text_file_are_repeated_by_eval() -> None:
+def test_commands_that_repeat_figures_work_in_the_published_folder() -> None:
+    """A text and a model lie where the recipe's author had them; a twin is not there at all."""
     base = example_result()
     recipe = dict(base.recipe) | {"evaluate": {"text": "my text.txt"}}
     every = list(manifest.figures(dataclasses.replace(base, recipe=recipe)))
-    one = next(
-        f for f in every if f["figure"] == "perplexity" and f["artifact"] == "model-Q8_0.gguf"
-    )
-    assert one["command"] == (
-        "svdexport eval model-Q8_0.gguf --text 'my text.txt' --context 512 --windows 4 "
-        "--reference ./SmolLM2-135M-Instruct"
-    )
+    kept = {artifact.path for artifact in base.artifacts if artifact.kept}
+    for figure in every:
+        if figure["artifact"] not in kept:
+            assert figure["command"] == base.command
+        elif figure["figure"] == "bytes":
+            assert figure["command"] == f"svdexport inspect {figure['artifact']}"
+        else:
+            option = "--speed" if figure["figure"].startswith(("prefill", "decode")) else "--quality"
+            model = "--model SmolLM2-135M-Instruct"
+            assert figure["command"] == f"svdexport verify . {option} {model}"
+    trusted = dict(base.recipe) | {"model": {"path": "m", "trust_remote_code": True}}
+    every = list(manifest.figures(dataclasses.replace(base, recipe=trusted)))
+    assert any(f["command"].endswith("--trust-remote-code") for f in every)
+
+
+def test_twins_of_one_type_stay_with_their_own() -> None:
+    """int8 and int8-standard are both of type int8, on the same runtime."""
+    artifacts = []
+    for name, dense, low in (("onnx-int8", 20.0, 30.0), ("onnx-int8-standard", 40.0, 42.0)):
+        for path, role, value in ((f"dense/{name}", "dense", dense), (name, "compressed", low)):
+            one = artifact(path, "int8", role, 10**8, (value, 0.1, 0.9, None))
+            artifacts.append(dataclasses.replace(one, path=path))
+    result = dataclasses.replace(example_result(), artifacts=tuple(artifacts))
+    for one in artifacts:
+        twin = result.baseline_of(one)
+        assert (twin.path if twin else None) == (f"dense/{one.path}" if one.kept else None)
+    text = card.render(result)
+    assert "onnx int8: perplexity is 50% above" in text
+    assert "onnx int8-standard: perplexity is 5% above" in text
+    labels = [(row.artifact, row.role) for row in figures.rows(result)]
+    assert labels == [
+        ("onnx int8", "dense"),
+        ("onnx int8", "low rank"),
+        ("onnx int8-standard", "dense"),
+        ("onnx int8-standard", "low rank"),
+    ]
+
+
+def test_a_plain_file_has_a_speedup_over_the_twin_that_it_was_timed_with() -> None:
+    """Two compressed files share a plain one, which was timed with the first."""
+    made = []
+    for name, role, twin in (("a", "compressed", "dense/a"), ("b", "compressed", "dense/b"),
+                             ("plain/c", "plain", "dense/a")):  # fmt: skip
+        one = artifact(f"{name}.gguf", "Q4_0", role, 10**8, (30.0, 0.1, 0.9, 1.2))
+        assert one.speed is not None
+        made.append(dataclasses.replace(one, speed=dataclasses.replace(one.speed, baseline=twin)))
+    first, second = comparisons(made)
+    assert first.decode_speedup == first.plain_decode_speedup == second.decode_speedup
+    assert second.plain == "plain/c.gguf" and second.plain_decode_speedup is None
 
 
 def fits(value: Any, schema: dict[str, Any], root: dict[str, Any], where: str = "") -> None:
