@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import io
 import logging
 import os
 import shlex
@@ -329,6 +330,9 @@ def main() -> None:
     no_network(force=False)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character it lacks must not end the command
+            stream.reconfigure(errors="replace")
     try:
         app(standalone_mode=True)
     except SvdexportError as error:

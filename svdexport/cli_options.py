@@ -75,5 +75,5 @@ def reporter_of(quiet: bool) -> Any:
 
 
 def print_json(data: Any) -> None:
-    """One JSON object on stdout."""
-    sys.stdout.write(json.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n")
+    """One JSON object on stdout, in ASCII, which every encoding of it has."""
+    sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from svdexport.checkpoint import is_encoder
 from svdexport.errors import RecipeError
 from svdexport.files import write_atomic
 from svdexport.models.loader import configuration_of
@@ -48,7 +49,8 @@ def draft(model: Path, target: Target, out: Path) -> Path:
         raise RecipeError(f"{out}: exists; remove it, or name another file with --out")
     with tempfile.TemporaryDirectory(prefix="svdexport-") as scratch:
         shapes = shapes_of(configuration_of(model, Path(scratch)) if model.is_file() else model)
-    write_atomic(out, _text(model, target, out, shapes))
+    encoder = is_encoder({"architectures": shapes.config.architectures})
+    write_atomic(out, (_encoder_text if encoder else _text)(model, target, out, shapes))
     load_recipe(out)  # what is handed out must be right
     return out
 
@@ -84,25 +86,78 @@ def _comment(text: str) -> str:
     return textwrap.fill(text, 90, initial_indent="# ", subsequent_indent="#   ")
 
 
+def _place(model: Path, out: Path) -> str:
+    """A model's path as a recipe at ``out`` names it."""
+    return json.dumps(os.path.relpath(model, out.parent), ensure_ascii=False)
+
+
+def _head(model: Path, target: Target, out: Path, shapes: Shapes, why: str) -> str:
+    return f"""\
+# {model.name} ({shapes.count / 1e6:,.0f} M parameters) for a {target}.
+{_comment(f"Runs on {why}.")}
+# Written by `svdexport init`. `svdexport plan {out.name}` shows sizes, memory and time;
+# `svdexport run {out.name}` does it all and resumes where it was stopped.
+schema: 1
+"""
+
+
+def _samples(shapes: Shapes, length: int) -> int:
+    """Windows of calibration: twice as many tokens as the widest layer has inputs, at least."""
+    widest = max(linear.in_features for linear in shapes.structure.linears())
+    return max(64, -(-2 * widest // length))
+
+
+def _encoder_text(model: Path, target: Target, out: Path, shapes: Shapes) -> str:
+    """A sentence encoder: ONNX whatever the target, and texts of the user's own."""
+    browser = target == "browser"
+    length = min(128, _longest(shapes))
+    samples = _samples(shapes, length)
+    head = _head(model, target, out, shapes, f"onnxruntime{' in a browser' if browser else ''}")
+    return f"""\
+{head}model:
+  path: {_place(model, out)}
+  # hub_name: owner/name   # on the Hugging Face Hub, for the model card's `base_model`
+calibration:           # an encoder writes no text: give two files of your own
+  source: file
+  file: calibration.txt
+  samples: {samples}          # windows of `length` tokens; at least twice the widest layer's inputs
+  length: {length}
+compress:
+  method: svd_llm      # needs no language model's loss, which an encoder does not have
+  budget:
+    param_ratio: 0.85   # kept share of the parameters: less is faster and worse
+  allocate: uniform
+  rank_multiple: 32
+export:
+  - {{format: onnx, precision: int8{", operators: standard" if browser else ""}}}
+evaluate:
+  text: evaluation.txt   # another text than that of the calibration
+  context: {length // 2}
+  windows: 64
+speed:
+  prefill: [{length}]
+gates:                 # a run that fails one publishes nothing (docs/verdict.md)
+  min_cosine: 0.85     # of embeddings to those of the dense model
+  {f"max_bytes: {BROWSER_BYTES}" if browser else "min_prefill_speedup: 1.0"}
+"""
+
+
+def _longest(shapes: Shapes) -> int:
+    return int(getattr(shapes.config, "max_position_embeddings", 512) or 512)
+
+
 def _text(model: Path, target: Target, out: Path, shapes: Shapes) -> str:
     choice = choose(target, shapes)
-    longest = int(getattr(shapes.config, "max_position_embeddings", 512) or 512)
+    longest = _longest(shapes)
     length = min(512, longest)
-    widest = max(linear.in_features for linear in shapes.structure.linears())
-    samples = max(64, -(-2 * widest // length))
+    samples = _samples(shapes, length)
     key = "gguf" if model.is_file() else "path"
-    place = json.dumps(os.path.relpath(model, out.parent), ensure_ascii=False)
     prefill = ", ".join(str(n) for n in (128, 512) if n <= longest // 2) or str(longest // 4)
     exports = "\n".join(f"  - {line}" for line in choice.exports)
     gates = "\n".join(f"  {line}" for line in choice.gates)
     return f"""\
-# {model.name} ({shapes.count / 1e6:,.0f} M parameters) for a {target}.
-{_comment(f"Runs on {choice.why}.")}
-# Written by `svdexport init`. `svdexport plan {out.name}` shows sizes, memory and time;
-# `svdexport run {out.name}` does it all and resumes where it was stopped.
-schema: 1
-model:
-  {key}: {place}
+{_head(model, target, out, shapes, choice.why)}model:
+  {key}: {_place(model, out)}
   # hub_name: owner/name   # on the Hugging Face Hub, for the model card's `base_model`
 calibration:
   source: self         # text that the model writes; `file` with `file: my.txt` for your own

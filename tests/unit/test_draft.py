@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from svdexport import api
 from svdexport.errors import InputError, RecipeError
@@ -55,6 +59,45 @@ def test_a_drafted_recipe_can_be_planned(target: str, tmp_path: Path) -> None:
         }[target]
     )
     assert api.plan(out)["exports"][0]["weight_bytes"] > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_drafted_encoder_asks_for_what_a_run_takes(target: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "bert", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=320, max_position_embeddings=96,
+    )  # fmt: skip
+    model = folder(tmp_path / "m", config.to_dict() | {"architectures": ["BertModel"]})
+    out = api.init(model, target, tmp_path / "r.yaml")  # type: ignore[arg-type]
+    assert max(len(line) for line in out.read_text().splitlines()) <= 100
+    with pytest.raises(RecipeError, match=r"calibration\.file: .*calibration\.txt"):
+        api.plan(out)
+    for name in ("calibration.txt", "evaluation.txt"):
+        (tmp_path / name).write_text("Words of the user's own.")
+    assert [export["name"].split("-")[:2] for export in api.plan(out)["exports"]] == [
+        ["onnx", "int8"]
+    ]
+    recipe = load_recipe(out)
+    assert recipe.calibration.length == max(recipe.speed.prefill) == 96  # all its positions
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_stdout_that_lacks_a_character_changes_no_exit_code(
+    tmp_path: Path, more: list[str]
+) -> None:
+    folder(tmp_path / "modèle", SMALL)
+    done = subprocess.run(
+        [sys.executable, "-m", "svdexport", "init", "modèle", *more],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    written = "modèle-laptop.yaml"
+    assert (tmp_path / written).is_file()
+    if more:
+        assert json.loads(done.stdout) == {"recipe": written}
+    else:
+        assert done.stdout.startswith("mod?le-laptop.yaml: look at it")
 
 
 def test_a_large_model_gets_four_bits_in_whole_blocks(tmp_path: Path) -> None:
