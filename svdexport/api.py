@@ -14,7 +14,7 @@ from svdexport.errors import ArtifactError, RecipeError
 from svdexport.pipeline.preflight import check_artifact, check_inputs, check_text
 from svdexport.pipeline.recheck import recheck
 from svdexport.pipeline.reporter import Reporter
-from svdexport.pipeline.start import started
+from svdexport.pipeline.start import protected, started
 from svdexport.recipe import load_recipe, recipe_hash
 from svdexport.rundir import resource_errors
 from svdexport.safety import check_config, check_gguf
@@ -108,7 +108,8 @@ def compress_model(
     """Replace the linears of a model in memory, in place, by low-rank pairs y = B (A x).
 
     Args:
-        model: a causal language model of transformers, on the CPU in float32.
+        model: a causal language model of transformers, on the CPU in float32; training or not, as
+            it is given, so it comes back.
         tokens: calibration text, token ids (windows, length).
         param_ratio: kept share of the parameters of the factorised linears.
         settings: further keys of a recipe's ``compress`` section (group, targets, ignore,
@@ -118,7 +119,8 @@ def compress_model(
         the plan: for each linear its rank, or why it stayed dense.
 
     Raises:
-        RecipeError: a setting is wrong. InputError: the model's structure cannot be found.
+        RecipeError: a setting or the weights' type is wrong. InputError: the model's structure
+            cannot be found.
     """
     from svdexport.pipeline.in_memory import compress_in_memory
 
@@ -179,7 +181,7 @@ def frontier(
         from svdexport.pipeline.frontier import frontier as find
         from svdexport.pipeline.frontier import publish
 
-        return publish(find(job, budgets, plain, speed), place)
+        return publish(job, find(job, budgets, plain, speed), place)
 
 
 def plan(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -287,6 +289,9 @@ def compare(
     place = out or Path("out") / f"compare-{path.stem}"
     if place.exists() and not place.is_dir():
         raise RecipeError(f"--out {place}: there is a file of this name; name a folder")
+    for item in map(Path.resolve, protected(checked)):
+        if item in (place.resolve(), *place.resolve().parents):
+            raise RecipeError(f"--out {place}: lies in the input {item}; name another folder")
     from svdexport.pipeline.compare import compare as run_comparison
     from svdexport.pipeline.job import default_threads
 

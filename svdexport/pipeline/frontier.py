@@ -22,6 +22,7 @@ from svdexport.files import write_atomic
 from svdexport.pipeline.inputs import inputs_key
 from svdexport.pipeline.job import Job, ModelUnderWork, key
 from svdexport.pipeline.quantize import quantize_exports
+from svdexport.pipeline.run import clean
 from svdexport.pipeline.stages import run_compression
 from svdexport.recipe import GgufExport, recipe_hash
 from svdexport.report.frontier import Point, page, pictures
@@ -203,9 +204,13 @@ def _write(folder: Path, points: Sequence[Point]) -> None:
     write_atomic(folder / "frontier.md", page(points))
 
 
-def publish(found: Frontier, out: Path) -> Path:
-    """Move the finished folder to its place. Raises RecipeError where something stands there."""
+def publish(job: Job, found: Frontier, out: Path) -> Path:
+    """Move the finished folder to its place and drop what it was made from.
+
+    Raises RecipeError where something stands there.
+    """
     if out.exists():
         raise RecipeError(f"{out}: exists already; move it away, or give another --out")
     found.folder.rename(out)
+    clean(job.work)
     return out

@@ -45,6 +45,13 @@ def compress_in_memory(
     )
     if recipe.compress.method == "emb_ae" or recipe.compress.sequential:
         raise RecipeError("compress_model: method emb_ae and sequential: true need a whole run")
+    other = next((p for p in model.parameters() if p.dtype != torch.float32), None)
+    if other is not None:
+        raise RecipeError(
+            f"compress_model: the model has {other.dtype} weights; give it in float32, as by "
+            "model.float()"
+        )
+    training = model.training
     structure = discover(model)
     with tempfile.TemporaryDirectory(prefix="svdexport-") as scratch:
         folder = Path(scratch) / "factors"
@@ -64,6 +71,7 @@ def compress_in_memory(
         module = model.get_submodule(name)
         assert isinstance(module, LowRankLinear)
         module.bias = bias
+    model.train(training)
     return tuple(compress.plan_rows(plan))
 
 

@@ -120,7 +120,7 @@ def keep_evidence(job: Job, artifacts: list[Artifact]) -> None:
 def clean(work: Path) -> None:
     """Drop the large intermediate files of a finished run."""
     made = ("factors", "checkpoint", "refine", "refined", "quantized", "base", "dense", "plain")
-    for name in (*made, "reference", "out"):
+    for name in (*made, "source", "reference", "out"):
         shutil.rmtree(work / name, ignore_errors=True)
 
 

@@ -16,6 +16,7 @@ from svdexport import api
 from svdexport.checkpoint import Checkpoint
 from svdexport.errors import RecipeError
 from svdexport.pipeline.compare import CONTENDERS
+from svdexport.recipe import load_recipe
 from svdexport.report.comparison import Comparison, Entry, Figure, picture, table
 from tests.e2e.test_methods import checked, written_recipe
 
@@ -100,6 +101,16 @@ def test_an_unknown_method_or_ratio_is_refused(recipe: Path) -> None:
         api.compare(recipe, recipe.parent / "no", labels=["svd_lm"])
     with pytest.raises(RecipeError, match="kept ratios"):
         api.compare(recipe, recipe.parent / "no", ratios=[1.5])
+
+
+def test_a_comparison_is_not_written_into_what_it_reads(recipe: Path) -> None:
+    model = load_recipe(recipe).model.path
+    assert model is not None
+    before = sorted(model.iterdir())
+    for place in (model, model / "comparison"):
+        with pytest.raises(RecipeError, match="lies in the input"):
+            api.compare(recipe, place, labels=["svd"])
+    assert sorted(model.iterdir()) == before
 
 
 def test_what_was_measured_on_the_same_tokens_is_not_measured_again(recipe: Path) -> None:

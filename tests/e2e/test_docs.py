@@ -60,6 +60,11 @@ def test_a_model_in_memory_becomes_its_checkpoint(tmp_path: Path) -> None:
     whole = load_model(tmp_path / "model")
     assert all(r.rank is None for r in api.compress_model(whole, tokens, param_ratio=1.0))
     assert torch.equal(whole(tokens).logits, expected)
+    assert not whole.training
+    api.compress_model(whole.train(), tokens, param_ratio=1.0)
+    assert all(module.training for module in whole.modules())
+    with pytest.raises(RecipeError, match=r"bfloat16 weights.*model\.float\(\)"):
+        api.compress_model(whole.to(torch.bfloat16), tokens)
     with pytest.raises(RecipeError, match="tokens"):
         api.compress_model(fresh, tokens.float())
     with pytest.raises(RecipeError, match="did you mean"):

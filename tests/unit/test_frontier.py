@@ -95,6 +95,8 @@ def test_budgets_and_plain_types_are_written_and_measured(tmp_path: Path) -> Non
     by_name = {p["name"]: p for p in points}
     assert by_name["0.4MB"]["mean_kld"] < by_name["0.29MB"]["mean_kld"]
     assert (out / "frontier.md").is_file()
+    left = {path.name for path in (tmp_path / ".frontier.work").iterdir()}
+    assert not left & {"factors", "checkpoint", "quantized", "base", "reference"}
     with pytest.raises(RecipeError, match="exists already"):
         api.frontier(recipe, [400_000], out)
 

@@ -336,7 +336,9 @@ def test_commands_that_repeat_figures_work_in_the_published_folder() -> None:
         elif figure["figure"] == "bytes":
             assert figure["command"] == f"svdexport inspect {figure['artifact']}"
         else:
-            option = "--speed" if figure["figure"].startswith(("prefill", "decode")) else "--quality"
+            option = (
+                "--speed" if figure["figure"].startswith(("prefill", "decode")) else "--quality"
+            )
             model = "--model SmolLM2-135M-Instruct"
             assert figure["command"] == f"svdexport verify . {option} {model}"
     trusted = dict(base.recipe) | {"model": {"path": "m", "trust_remote_code": True}}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from svdexport.errors import RecipeError, ResourceError
+from svdexport.pipeline.run import clean
 from svdexport.rundir import (
     MANIFEST,
     RunDir,
@@ -222,3 +223,13 @@ def test_exhaustion_says_what_ran_out_and_what_to_do(error: Exception) -> None:
 def test_other_errors_pass_unchanged() -> None:
     with pytest.raises(ValueError, match="odd"), resource_errors("stats"):
         raise ValueError("odd")
+
+
+def test_a_finished_runs_work_folder_keeps_its_records_alone(tmp_path: Path) -> None:
+    """Factors, checkpoints, and the float32 copy of a model that came as GGUF are gigabytes."""
+    for name in ("factors", "checkpoint", "base", "dense", "source"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.safetensors").write_text("x")
+    (tmp_path / "run.json").write_text("{}")
+    clean(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
