@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from svdexport.errors import InputError
+from svdexport.safety.documents import quoted
 
 Pooling = Literal["mean", "cls"]
 
@@ -16,6 +17,9 @@ _POOLING_KEYS: dict[str, Pooling] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
 }
+
+_STAGES = ("Transformer", "Pooling", "Normalize")
+"""Modules of sentence-transformers that an embedding here goes through."""
 
 
 class SentenceEncoder(nn.Module):
@@ -43,8 +47,9 @@ class SentenceEncoder(nn.Module):
 def pooling_of(source: Path) -> Pooling:
     """The pooling that a sentence-transformers folder asks for; without one, ``mean``.
 
-    Raises InputError for any other pooling, or more than one at once.
+    Raises InputError for any other pooling, more than one at once, or a stage of other kind.
     """
+    _check_stages(source / "modules.json")
     file = source / "1_Pooling" / "config.json"
     if not file.is_file():
         return "mean"
@@ -58,3 +63,17 @@ def pooling_of(source: Path) -> Pooling:
             f"{file}: {', '.join(asked) or 'no pooling'}: only mean or cls is exported"
         )
     return _POOLING_KEYS[asked[0]]
+
+
+def _check_stages(file: Path) -> None:
+    if not file.is_file():
+        return
+    try:
+        types = [str(stage["type"]) for stage in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f"{file}: not a list of stages ({error!r})") from None
+    for stage in (name.rpartition(".")[2] for name in types):
+        if stage not in _STAGES:
+            raise InputError(
+                f"{file}: the stage {quoted(stage)} is not exported: only {', '.join(_STAGES)} are"
+            )

@@ -147,6 +147,23 @@ def test_other_poolings_are_refused(tmp_path: Path) -> None:
         pooling_of(tmp_path)
 
 
+def test_stages_that_would_be_lost_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "modules.json"
+
+    def write(*names: str) -> None:
+        stages = [{"type": f"sentence_transformers.models.{name}"} for name in names]
+        file.write_text(json.dumps(stages))
+
+    write("Transformer", "Pooling", "Normalize")
+    assert pooling_of(tmp_path) == "mean"
+    write("Transformer", "Pooling", "Dense", "Normalize")
+    with pytest.raises(InputError, match=r"modules.json: the stage 'Dense' is not exported"):
+        pooling_of(tmp_path)
+    file.write_text("[1]")
+    with pytest.raises(InputError, match=r"modules.json: not a list of stages"):
+        pooling_of(tmp_path)
+
+
 def _recipe(**changes: Any) -> Recipe:
     return Recipe.model_validate(
         {
