@@ -183,7 +183,8 @@ def parameter_names(config: Mapping[str, Any], tensors: Collection[str]) -> dict
 
     Some folders, as the Hub's GPT-2 and Qwen3-Embedding, leave out the base model's prefix
     (``h.0.attn.c_attn.weight`` for ``transformer.h.0.attn.c_attn.weight``), and an encoder's may
-    have one that the encoder alone does not know. Empty where transformers has no such model.
+    have one that the encoder alone does not know. Of GPT-NeoX ``embed_out`` is ``lm_head`` now.
+    Empty where transformers has no such model.
     """
     import torch
     import transformers
@@ -193,7 +194,7 @@ def parameter_names(config: Mapping[str, Any], tensors: Collection[str]) -> dict
         prefix = f"{getattr(made, 'base_model_prefix', '')}."
         prefixed = any(name.startswith(prefix) for name in tensors)
         if made is None or prefix == "." or prefixed != is_encoder(config):
-            return {}
+            return _renamed(made, tensors)
         with torch.device("meta"):
             model = made(made.config_class.from_dict(dict(config)))
     except Exception:  # whatever a model's code raises; loading it says what is wrong
@@ -205,6 +206,18 @@ def parameter_names(config: Mapping[str, Any], tensors: Collection[str]) -> dict
             # of an expert its mixture, which may be a stack without modules of their own
             if re.sub(r"\.experts\..*|\.[^.]*$", "", module_name(known), count=1) in modules:
                 found.setdefault(name, known)
+    return {name: known for name, known in found.items() if name != known}
+
+
+def _renamed(architecture: Any, tensors: Collection[str]) -> dict[str, str]:
+    """Tensor -> its new name, where transformers renames some of this one class as it loads."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    found: dict[str, str] = {}
+    for change in get_checkpoint_conversion_mapping(getattr(architecture, "__name__", "")) or []:
+        if type(change) is WeightRenaming:
+            found |= {name: change.rename_source_key(name)[0] for name in tensors}
     return {name: known for name, known in found.items() if name != known}
 
 

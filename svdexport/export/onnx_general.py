@@ -17,8 +17,15 @@ from svdexport.export.onnx_forms import ContribForm, Form, StandardForm
 from svdexport.export.onnx_pack import DataWriter, quantized, to_half
 from svdexport.export.onnx_plan import BuildPlan, Emission, table_grid
 from svdexport.export.onnx_trace import PREFIX, latent_layers, stand_in_of, trace, traced_model
+from svdexport.runtimes.ort_rt import load_tokenizer
 
 IR_VERSION = 10
+
+_LENGTHS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+"""What config.json calls the context."""
+
+_LENGTH = 2048
+"""The context of a model that names none, as BLOOM: any number, which genai wants to know."""
 
 _INLINE = 16
 """Constants of up to so many numbers stay in the graph: sizes and axes, which loaders look at."""
@@ -62,7 +69,8 @@ def prepared(
     traced.ir_version = IR_VERSION
     standard = plan.standard or plan.half  # WebGPU has no FusedMatMul
     form = StandardForm(traced, data, plan.grid) if standard else ContribForm(traced, data)
-    writer = _Writer(form, plan, head, embedding)
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    writer = _Writer(form, plan, head, embedding, tied)
     writer.write()
     return traced, writer.emission
 
@@ -86,6 +94,7 @@ class _Writer:
         plan: BuildPlan,
         head: str | None,
         embedding: str,
+        tied: bool,
     ) -> None:
         self.form = form
         self.graph = form.graph
@@ -94,10 +103,12 @@ class _Writer:
         self.embedding = embedding
         self.emission = Emission()
         checkpoint = plan.checkpoint
-        tied = head is not None and (
-            not checkpoint.has(f"{head}.weight") and head not in checkpoint.low_rank
+        self.emission.shared_embedding = (
+            tied
+            and head is not None
+            and not checkpoint.has(f"{head}.weight")
+            and head not in checkpoint.low_rank
         )
-        self.emission.shared_embedding = tied
         grid = plan.head_grid
         self._table_grid = grid and table_grid(grid, int(checkpoint.tensor(embedding).shape[1]))
         # Half of an encoder's bytes are its embedding, which no head shares.
@@ -249,22 +260,38 @@ def _special_token(source: Path, text: Any, key: str) -> Any:
     """A token's id, or ids: of generation_config.json, else of config.json."""
     file = source / "generation_config.json"
     given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return getattr(text, key) if given.get(key) is None else given[key]
+    return getattr(text, key, None) if given.get(key) is None else given[key]
 
 
-def genai_settings(config: Any, source: Path, graph: str) -> dict[str, Any]:
-    """genai_config.json of a traced graph: a plain decoder with position_ids and its own cache."""
+def _end_token(source: Path) -> int | None:
+    """The tokenizer's."""
+    try:
+        found: int | None = load_tokenizer(source).eos_token_id
+    except InputError:
+        return None
+    return found
+
+
+def genai_settings(config: Any, source: Path, graph: str) -> dict[str, Any] | None:
+    """genai_config.json of a traced graph: a plain decoder with position_ids and its own cache.
+
+    None where neither the model nor its tokenizer names an end token, which genai demands.
+    """
     heads, width, layers = cache_shape(config)
     text = config.get_text_config()
     begin, end, pad = (
         _special_token(source, text, f"{name}_token_id") for name in ("bos", "eos", "pad")
     )
+    if end is None or end == []:
+        end = _end_token(source)
+        if end is None:
+            return None
     first_end = end[0] if isinstance(end, list) else end
-    length = int(getattr(text, "max_position_embeddings", 0) or text.n_positions)
+    length = next((n for key in _LENGTHS if (n := getattr(text, key, None))), _LENGTH)
     return {
         "model": {
             "bos_token_id": 0 if begin is None else begin,
-            "context_length": length,
+            "context_length": int(length),
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": graph,
@@ -293,7 +320,7 @@ def genai_settings(config: Any, source: Path, graph: str) -> dict[str, Any]:
         },
         "search": {
             "do_sample": False,
-            "max_length": length,
+            "max_length": int(length),
             "min_length": 0,
             "num_beams": 1,
             "past_present_share_buffer": False,

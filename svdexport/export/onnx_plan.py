@@ -21,6 +21,15 @@ FAMILIES = {
 ROPE_TYPES = ("default", "llama3")
 """Rotary embeddings that the builder computes as transformers does."""
 
+ACTIVATIONS = (
+    *("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
+    *("relu", "relu2"),
+)
+"""Activations that the builder has an operator for."""
+
+_HEAD_STEP = 16
+"""onnxruntime's GroupQueryAttention rotates heads whose size is a multiple of this."""
+
 Row = tuple[str, int]
 """A tensor of the checkpoint and how many output rows of an initialiser it owns, in order."""
 
@@ -80,9 +89,17 @@ def why_not(config: Any, *, latent: bool = False, standard: bool = False) -> str
     names = getattr(config, "architectures", None) or ["a model of no named architecture"]
     if names[0] not in FAMILIES:
         return f"the onnxruntime-genai builder's graph for {names[0]} was not shown to be exact"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in ROPE_TYPES:
-        return f"the onnxruntime-genai builder does not do rotary embeddings of type {rope} exactly"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        return f"the onnxruntime-genai builder does not do rotary embeddings of type {kind} exactly"
+    if rope.get("partial_rotary_factor", 1) != 1:
+        return "the onnxruntime-genai builder does not rotate part of a head"
+    if config.hidden_act not in ACTIVATIONS:
+        return f"the onnxruntime-genai builder does not know the activation {config.hidden_act}"
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if width % _HEAD_STEP:
+        return f"GroupQueryAttention has no heads of {width}, only of multiples of {_HEAD_STEP}"
     return None
 
 

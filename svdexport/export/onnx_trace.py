@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from svdexport.checkpoint import Checkpoint, is_encoder
+from svdexport.checkpoint import Checkpoint
 from svdexport.core.linears import is_linear, is_transposed
 from svdexport.errors import InputError
 from svdexport.export.onnx_latent import ATTENTION, LatentValue, register
+from svdexport.runtimes.torch_rt import auto_class
 
 OPSET = 20
 """The last opset before attention becomes one operator, which onnxruntime's CPU runs no faster."""
@@ -99,16 +101,13 @@ def traced_model(
     latent: bool = False,
 ) -> nn.Module:
     """The model with stand-ins for its linears and everything else from the checkpoint."""
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    kind = AutoModel if is_encoder(checkpoint.config) else AutoModelForCausalLM
     if latent:
         register()
     attention = ATTENTION if latent else "eager"
     # The experts' other implementations have kernels that torch.onnx does not know.
     config._experts_implementation = "batched_mm"
     with _parameters_on_meta():
-        model: nn.Module = kind.from_config(
+        model: nn.Module = auto_class(checkpoint.path).from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
     model.eval()
@@ -184,29 +183,33 @@ def _stand_in(
 
 def _load_rest(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     loaded: nn.Module | None = None
-    for name, parameter in list(model.named_parameters()):
-        if parameter.device.type != "meta":
+    made = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in model.state_dict().items():  # parameters, and buffers that are saved
+        if (name in made and tensor.device.type != "meta") or stand_in_of(name):
             continue
         if checkpoint.has(name):
-            value = checkpoint.tensor(name).to(dtype)
+            value = checkpoint.tensor(name)
         else:  # transformers makes it of several tensors, as it stacks experts
             loaded = loaded or _loaded(checkpoint)
-            value = _parameter(loaded, name).detach().to(dtype)
-        if value.shape != parameter.shape:
+            value = _value(loaded, name).detach()
+        if value.shape != tensor.shape:
             raise InputError(
                 f"{checkpoint.path}: tensor {name} has shape {tuple(value.shape)}, "
-                f"config.json means {tuple(parameter.shape)}"
+                f"config.json means {tuple(tensor.shape)}"
             )
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        if name in made:
+            value = nn.Parameter(value.to(dtype), requires_grad=False)
+        setattr(model.get_submodule(owner), leaf, value.to(tensor.dtype))
 
 
-def _parameter(model: nn.Module, name: str) -> Tensor:
-    """A parameter; a stack of experts that stand apart is made of theirs, pairs multiplied."""
+def _value(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer; of experts that stand apart their stack, pairs multiplied."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if not isinstance(module, nn.ModuleList):
-        return model.get_parameter(name)
+        value: Tensor = getattr(module, leaf)
+        return value
     parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
     rows = [torch.cat([getattr(expert, part).weight for part in parts]) for expert in module]
     return torch.stack(rows)
@@ -214,9 +217,7 @@ def _parameter(model: nn.Module, name: str) -> Tensor:
 
 def _loaded(checkpoint: Checkpoint) -> nn.Module:
     """The whole model in memory."""
-    from transformers import AutoModelForCausalLM
-
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+    model: nn.Module = auto_class(checkpoint.path).from_pretrained(
         checkpoint.path, dtype=torch.float32, local_files_only=True
     )
     return model
@@ -301,13 +302,33 @@ def exported(
                 output_names=output_names,
             )
         except Exception as error:  # torch.onnx raises what the traced code raises, too
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise InputError(
-                f"{type(wrapper.model).__name__}: torch.onnx cannot trace it ({reason})"
+                f"{type(wrapper.model).__name__}: torch.onnx cannot trace it ({_reason(error)})"
             ) from error
     assert program is not None
     graph: ir.Model = program.model
+    _drop_notes(graph)
     return graph
+
+
+def _reason(error: Exception) -> str:
+    """One line: of the cause, where torch.onnx only says in colours in which step it failed."""
+    cause = error.__cause__ or error
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(cause)).split("\n")
+    said = [line.strip() for line in lines if line.strip()] or [repr(cause)]
+    return " ".join(said[:2]) if said[0].endswith(":") else said[0]
+
+
+def _drop_notes(model: ir.Model) -> None:
+    """Forget where each operator and value comes from: whole stack traces, with local paths."""
+    for graph in (model.graph, *model.functions.values()):
+        noted: list[Any] = [graph, *graph.inputs]
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            noted += [node, *node.inputs, *node.outputs]
+        for one in noted:
+            if one is not None:
+                one.metadata_props.clear()
+                one.doc_string = None
 
 
 @contextmanager

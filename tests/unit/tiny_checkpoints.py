@@ -49,6 +49,7 @@ GENERAL: dict[str, dict[str, Any]] = {
         "do_layer_norm_before": False,
     },
     "gpt2": {"model_type": "gpt2", "n_positions": 128},
+    "gpt-neox": {"model_type": "gpt_neox"},
     "falcon": {
         "model_type": "falcon",
         "new_decoder_architecture": True,
