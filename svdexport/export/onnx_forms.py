@@ -84,10 +84,16 @@ class Form(ABC):
         return value
 
     def _before(
-        self, node: ir.Node, kind: str, name: str, inputs: list[ir.Value | None], **settings: object
+        self,
+        node: ir.Node,
+        kind: str,
+        name: str,
+        inputs: Sequence[ir.Value | None],
+        domain: str = "",
+        **settings: object,
     ) -> ir.Value:
         """A new operator in front of ``node``; gives its output."""
-        new = ir.node(kind, inputs, attributes=settings, name=name)  # type: ignore[arg-type]
+        new = ir.node(kind, inputs, attributes=settings, domain=domain, name=name)  # type: ignore[arg-type]
         new.outputs[0].name = f"{name}/output_0"
         self.graph.insert_before(node, new)
         return new.outputs[0]
@@ -144,13 +150,26 @@ class ContribForm(Form):
         if grid is None:
             node.replace_input_with(0, shared[0])
             return
-        flat = np.array([rows, -1], np.int64)
-        size = ir.Value(name=f"{node.name}_flat", const_value=ir.tensor(flat))
-        size.const_value.name = size.name  # type: ignore[union-attr]
-        self.data.note(str(size.name), flat)
-        self.graph.register_initializer(size)
-        table = self._before(node, "Reshape", f"{node.name}/Reshape", [shared[0], size])
-        self._gather(node, [table, *shared[1:]], grid)
+        # In the head's shape, (rows, blocks, bytes): reshaped codes would be folded into a copy.
+        blocks = int(shared[1].shape[1])  # type: ignore[index, arg-type]
+        by_block = self._sizes(f"{node.name}_by_block", [rows, blocks, 1])
+        scales = self._before(node, "Reshape", f"{node.name}/Scales", [shared[1], by_block])
+        inputs = [shared[0], node.inputs[1], scales]
+        settings = self._table_settings(grid, quantize_axis=2)
+        name = f"{node.name}/GatherBlockQuantized"
+        found = self._before(
+            node, "GatherBlockQuantized", name, inputs, "com.microsoft", **settings
+        )
+        flat = self._sizes(f"{node.name}_flat", [0, 0, blocks * grid.block_size])
+        self._replace(node, "Reshape", [found, flat], {})
+
+    def _sizes(self, name: str, sizes: list[int]) -> ir.Value:
+        """A small constant that stays in the graph."""
+        array = np.array(sizes, np.int64)
+        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        self.data.note(name, array)
+        self.graph.register_initializer(value)
+        return value
 
     has_table = True
 
@@ -166,10 +185,13 @@ class ContribForm(Form):
         return str(values[0].name)
 
     def _gather(self, node: ir.Node, table: Sequence[ir.Value], grid: NBitsGrid) -> None:
-        settings: dict[str, object] = {"bits": grid.bits, "block_size": grid.block_size}
-        settings |= {"gather_axis": 0, "quantize_axis": 1}
         inputs = [table[0], node.inputs[1], *table[1:]]
+        settings = self._table_settings(grid, quantize_axis=1)
         self._replace(node, "GatherBlockQuantized", inputs, settings, "com.microsoft")
+
+    def _table_settings(self, grid: NBitsGrid, quantize_axis: int) -> dict[str, object]:
+        settings: dict[str, object] = {"bits": grid.bits, "block_size": grid.block_size}
+        return settings | {"gather_axis": 0, "quantize_axis": quantize_axis}
 
     def _packed(
         self, stem: str, weight: np.ndarray | NBitsTensor, grid: NBitsGrid
