@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from svdexport.errors import InputError, MissingExtraError
-from svdexport.runtimes.ort_rt import load_tokenizer, model_file
+from svdexport.runtimes.ort_rt import load_tokenizer, model_file, told_length
 from svdexport.safety.headers import check_onnx
 
 
@@ -56,7 +56,7 @@ class EncoderRuntime:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # its errors are raised as well
         try:
             self._session: Any = self._ort.InferenceSession(
                 str(self._file), options, providers=["CPUExecutionProvider"]
@@ -71,7 +71,8 @@ class EncoderRuntime:
             "token_type_ids": np.zeros(tokens.shape, np.int64),
         }
         used = {name: value for name, value in feeds.items() if name in self._inputs}
-        found: np.ndarray = self._session.run([output], used)[0]
+        with told_length(self._file, self.path, tokens.shape[1]):
+            found: np.ndarray = self._session.run([output], used)[0]
         return found
 
     def embed(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from svdexport.errors import InputError
+from svdexport.safety.documents import parse_json, quoted
 
 ROWS_KEY = "svdexport.rows"
 """Model metadata: initialiser -> [checkpoint tensor, rows], to take stacked weights apart."""
@@ -21,6 +21,12 @@ _SMALL_BITS = {21: 4, 22: 4, 25: 2, 26: 2}
 
 _PASS = ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Unsqueeze")
 """Operators between a stored weight and the product that uses it."""
+
+_MOST_PASSES = 8
+"""Of these one after another; files have two or three."""
+
+_DEFAULT_BITS = 4
+"""Of a MatMulNBits that does not say, by onnxruntime's ContribOperators.md."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,11 @@ class OnnxGraph:
 
     def rows(self) -> dict[str, list[tuple[str, int]]]:
         """Our own note of which checkpoint tensors an initialiser holds; empty in foreign files."""
-        found = json.loads(self.metadata.get(ROWS_KEY, "{}"))
-        return {key: [(str(name), int(n)) for name, n in value] for key, value in found.items()}
+        found = parse_json(self.metadata.get(ROWS_KEY, "{}").encode(), f"{self.path}: {ROWS_KEY}")
+        try:
+            return {key: [(str(name), int(n)) for name, n in value] for key, value in found.items()}
+        except (TypeError, ValueError):
+            raise InputError(f"{self.path}: {ROWS_KEY} is malformed") from None
 
     def nbytes(self, name: str) -> int:
         """Bytes of an initialiser's data."""
@@ -84,14 +93,26 @@ class OnnxGraph:
         """Every MatMul, Gemm, FusedMatMul or MatMulNBits with a constant weight, in order."""
         found = []
         for node in self.nodes:
+            if node.op_type not in ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits"):
+                continue
+            if len(node.input) < 2 or not node.output:
+                raise InputError(
+                    f"{self.path}: node {quoted(node.name)}: a {node.op_type} of one input"
+                )
             if node.op_type == "MatMulNBits":
                 found.append(self._nbits(node))
-            elif node.op_type in ("MatMul", "FusedMatMul", "Gemm"):
+            else:
                 found += self._float(node)
         return found
 
     def _nbits(self, node: Any) -> Product:
-        a = _integers(node)
+        a = {"bits": _DEFAULT_BITS} | _integers(node)
+        missing = {"N", "K", "block_size"} - a.keys()
+        if missing or a["N"] < 1:
+            raise InputError(
+                f"{self.path}: node {quoted(node.name)}: a MatMulNBits without "
+                f"{', '.join(sorted(missing)) or 'outputs'}"
+            )
         kind = f"{a['bits']} bits, blocks of {a['block_size']}"
         read = tuple(name for name in node.input[1:] if name in self.initializers)
         shape = (a["N"], a["K"])
@@ -109,17 +130,25 @@ class OnnxGraph:
         dims = (int(tensors[0].dims[0]), int(tensors[0].dims[1]))
         kind = onnx.TensorProto.DataType.Name(tensors[0].data_type)
         shape = dims if flips else (dims[1], dims[0])
+        if not shape[0]:
+            raise InputError(f"{self.path}: weight {quoted(read[0])} has no outputs")
         return [Product(node.name, node.input[0], node.output[0], read[0], shape, kind, read)]
 
-    def _constants_behind(self, value: str) -> tuple[str, ...]:
-        """Initialisers that alone make a value; the main one first. Empty where it is computed."""
+    def _constants_behind(self, value: str, behind: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """Initialisers that alone make a value; the main one first. Empty where it is computed.
+
+        Raises InputError where the operators go round in a circle.
+        """
         if value in self.initializers:
             return (value,)
+        if value in behind:
+            raise InputError(f"{self.path}: {quoted(value)} is computed from itself")
         node = self.producers.get(value)
-        if node is None or node.op_type not in _PASS:
+        if node is None or node.op_type not in _PASS or len(behind) == _MOST_PASSES:
             return ()
-        parts = [self._constants_behind(name) for name in node.input if name]
-        if not parts[0]:
+        behind = (*behind, value)
+        parts = [self._constants_behind(name, behind) for name in node.input[:3] if name]
+        if not parts or not parts[0]:
             return ()
         return tuple(name for part in parts for name in part)
 

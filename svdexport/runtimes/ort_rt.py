@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from svdexport.errors import InputError, MissingExtraError
+from svdexport.files import is_out_of_memory
 from svdexport.safety.headers import check_onnx
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -49,6 +51,22 @@ def end_tokens(folder: Path) -> frozenset[int]:
             if value is not None:
                 return frozenset(value if isinstance(value, list) else [value])
     return frozenset()
+
+
+@contextmanager
+def told_length(file: Path, folder: Path, tokens: int) -> Iterator[None]:
+    """Within this context what onnxruntime cannot run is an InputError that tells the lengths."""
+    try:
+        yield
+    except Exception as error:  # onnxruntime has one exception class per cause, none of ours
+        if is_out_of_memory(error):
+            raise
+        context = _config_context(folder)
+        if context is not None and tokens > context:
+            why = f"{tokens} tokens do not fit the model's context of {context}; give fewer"
+        else:
+            why = f"onnxruntime cannot run it on {tokens} tokens ({str(error).splitlines()[0]})"
+        raise InputError(f"{file}: {why}") from None
 
 
 class OrtRuntime:
@@ -116,7 +134,7 @@ class OrtRuntime:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # its errors are raised as well
         return options
 
     # Cache
@@ -154,7 +172,8 @@ class OrtRuntime:
             else:
                 binding.bind_output(present, "cpu")
         binding.bind_output("logits", "cpu")
-        self._session.run_with_iobinding(binding)
+        with told_length(self.file or self.path, self._folder, total):
+            self._session.run_with_iobinding(binding)
         outputs = dict(zip(self._bound_outputs(), binding.get_outputs(), strict=True))
         if not self._shared:
             for name in self._past:
@@ -261,3 +280,12 @@ def _head_dim(folder: Path) -> int | None:
 
 def _config_vocab(folder: Path) -> int:
     return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+
+
+def _config_context(folder: Path) -> int | None:
+    """Positions that the folder's model knows, where its config.json says."""
+    if not (folder / "config.json").is_file():
+        return None
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return found if isinstance(found, int) else None
