@@ -86,6 +86,8 @@ def export(request: ExportRequest) -> Exported:
         write_mobile(request.out, LAST_FILE if decoder else MODEL_FILE, DATA_FILE)
     size = sum((request.out / name).stat().st_size for name in (*files, DATA_FILE))
     notes = tuple(_notes(emission, plan, reason))
+    if decoder and genai is None and not emission.latent_layers:
+        notes += ("no genai_config.json: neither the model nor its tokenizer names an end token",)
     multiplied = len(request.checkpoint.low_rank) - len(plan.checkpoint.low_rank)
     if multiplied:
         notes += (f"{multiplied} pairs of experts are multiplied back: they stand stacked here",)
@@ -193,16 +195,10 @@ def _notes(emission: Any, plan: Any, reason: str | None) -> Iterator[str]:
     elif not any("embedding" in name for name in emission.grids):
         yield "embedding: not quantised"
     padded = sorted(
-        name
-        for name, grid in emission.grids.items()
-        if _columns(plan.checkpoint, emission.rows[name][0][0]) % grid.block_size
+        name for name, grid in emission.grids.items() if emission.columns[name] % grid.block_size
     )
     if padded:
         yield f"{len(padded)} weights have rows that do not fill their last block and are padded"
-
-
-def _columns(checkpoint: Checkpoint, name: str) -> int:
-    return int(checkpoint.tensor(name).shape[1])
 
 
 def read_back(

@@ -215,6 +215,7 @@ class PairEmitter:
             self.add_array(names[-1], array)
         self.emission.rows[names[0]] = rows
         self.emission.grids[names[0]] = grid
+        self.emission.columns[names[0]] = weight.shape[1]
         return names
 
     # Embedding and LM head

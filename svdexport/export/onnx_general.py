@@ -166,6 +166,7 @@ class _Writer:
             stored = NBitsTensor(*parts, stored.columns, grid)
             name = str(self.form.linear(node, f"{stem}.MatMul", stored).name)
             self.emission.grids[name] = grid
+            self.emission.columns[name] = stored.columns
             del self.graph.initializers[str(stand_in.name)]
         self.emission.rows[name] = [(tensor, weight.shape[0])]
 
@@ -193,6 +194,7 @@ class _Writer:
             self.emission.rows[name] = [(self.embedding, weight.shape[0])]
             if grid is not None:
                 self.emission.grids[name] = grid
+                self.emission.columns[name] = weight.shape[1]
         return self._shared
 
     def _share_embedding(self, value: ir.Value) -> None:
@@ -211,6 +213,7 @@ class _Writer:
         table = self.form.table(nodes, self.embedding, weight, grid)
         self.emission.rows[table] = [(self.embedding, weight.shape[0])]
         self.emission.grids[table] = grid
+        self.emission.columns[table] = weight.shape[1]
         self.graph.initializers.pop(str(value.name), None)
 
     # Everything else

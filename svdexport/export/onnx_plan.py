@@ -66,6 +66,7 @@ class Emission:
     Attributes:
         rows: initialiser that holds linears -> the checkpoint's tensors it is made of, in order.
         grids: weight initialiser -> its grid, where it is quantised.
+        columns: weight initialiser -> the numbers in a row, where it is quantised.
         transposed: dense tensors that the checkpoint stores as (inputs, outputs).
         shared_embedding: the LM head's weight also serves the embedding.
         latent_layers: layer -> rank, where the cache holds A x in place of the values.
@@ -75,6 +76,7 @@ class Emission:
     rows: dict[str, list[Row]] = field(default_factory=dict)
     transposed: list[str] = field(default_factory=list)
     grids: dict[str, NBitsGrid] = field(default_factory=dict)
+    columns: dict[str, int] = field(default_factory=dict)
     shared_embedding: bool = False
     latent_layers: dict[int, int] = field(default_factory=dict)
     cache_bytes: tuple[int, int] = (0, 0)

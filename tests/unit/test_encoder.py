@@ -106,6 +106,8 @@ def test_embeddings_are_those_of_the_formula(precision: str, tmp_path: Path) -> 
     reference = TorchRuntime(source, 1, model)
     assert relative(runtime.logits(tokens[0]), reference.logits(tokens[0])) < 1e-4
     assert runtime.prefill(tokens[0]) > 0
+    with pytest.raises(InputError, match=r"model\.onnx: 300 tokens do not fit .* context of 256"):
+        runtime.logits(np.zeros(300, np.int64))
     with pytest.raises(InputError, match="generates no text"):
         runtime.generate([1], 2)
     runtime.close()

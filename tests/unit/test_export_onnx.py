@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from svdexport.checkpoint import Checkpoint
-from svdexport.errors import ArtifactError
+from svdexport.errors import ArtifactError, InputError
 from svdexport.export.base import Exported, ExportRequest
 from svdexport.export.onnx import LAST_FILE, MODEL_FILE, check_round_trip, export, read_back
 from svdexport.recipe import OnnxExport
@@ -178,6 +178,34 @@ def test_tied_embedding_is_stored_once_and_quantised_rows_are_looked_up(tmp_path
     codes = next(t.name for t in graph.initializer if list(t.dims) == [VOCAB, 2, 32])
     readers = {node.op_type for node in graph.node if codes in node.input}
     assert readers == {"GatherBlockQuantized", "MatMulNBits"}
+
+
+def test_a_text_beyond_the_context_is_refused_in_one_line(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "onnx"
+    make_model(source, "llama")
+    run_export(source, Checkpoint.open(source), out, "fp32")
+    runtime = OrtRuntime(out, threads=1)
+    with pytest.raises(InputError, match=r"model\.onnx: 200 tokens do not fit .* context of 128"):
+        runtime.logits(np.zeros(200, np.int64))
+    with pytest.raises(InputError, match=r"model_last\.onnx: 129 tokens do not fit"):
+        runtime.generate([5] * 120, 20)
+    with pytest.raises(InputError, match=r"onnxruntime cannot run it on 1 tokens \("):
+        runtime.logits(np.array([VOCAB]))
+    runtime.close()
+
+
+def test_weights_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, read = tmp_path / "source", list[str]()
+    make_model(source, "llama")
+    whole = Checkpoint.tensor
+
+    def counted(self: Checkpoint, name: str) -> torch.Tensor:
+        read.append(name)
+        return whole(self, name)
+
+    monkeypatch.setattr(Checkpoint, "tensor", counted)
+    run_export(source, Checkpoint.open(source), tmp_path / "onnx", "int8")
+    assert sorted(read) == Checkpoint.open(source).names()
 
 
 def test_bytes_are_the_same_every_time(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -77,6 +78,49 @@ def test_a_foreign_graph_is_described_by_its_structure(tmp_path: Path) -> None:
     ]
     assert found["linears"][0]["bytes"] == 4 * (16 * 4 + 4 * 24)
     assert found["runtime"] == "any ONNX runtime"
+
+
+def _save(path: Path, nodes: list[Any], *weights: tuple[str, np.ndarray], **metadata: str) -> Path:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["t", 32])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["t", 8])],
+        [numpy_helper.from_array(array, name) for name, array in weights],
+    )
+    model = helper.make_model(graph, ir_version=10)
+    helper.set_model_props(model, {f"svdexport.{key}": text for key, text in metadata.items()})
+    onnx.save(model, path)
+    return path
+
+
+def _matmul(*inputs: str) -> Any:
+    return helper.make_node("MatMul", ["x", *inputs], ["y"], name="fc")
+
+
+def test_matmulnbits_without_bits_has_four(tmp_path: Path) -> None:
+    settings = {"domain": "com.microsoft", "K": 32, "N": 8, "block_size": 32}
+    node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], name="fc", **settings)
+    codes, scales = np.zeros((8, 1, 16), np.uint8), np.ones((8, 1), np.float32)
+    found = inspect(_save(tmp_path / "a.onnx", [node], ("codes", codes), ("scales", scales)))
+    assert found["other"][0]["types"] == {"weight": "4 bits, blocks of 32"}
+
+
+def test_what_is_malformed_is_refused_in_one_line(tmp_path: Path) -> None:
+    file, weight = tmp_path / "a.onnx", ("w", np.zeros((32, 8), np.float32))
+    for rows in ("[1", "[1]", '{"w": 1}', '{"w": [["a", "b"]]}'):
+        with pytest.raises(InputError, match=r"a\.onnx: svdexport\.rows"):
+            inspect(_save(file, [_matmul("w")], weight, rows=rows))
+    with pytest.raises(InputError, match=r"a\.onnx: weight 'w' has no outputs"):
+        inspect(_save(file, [_matmul("w")], ("w", np.zeros((32, 0), np.float32))))
+    with pytest.raises(InputError, match=r"a\.onnx: node 'fc': a MatMul of one input"):
+        inspect(_save(file, [_matmul()], weight))
+    circle = [helper.make_node("Cast", [a], [b], to=1) for a, b in ("pq", "qp")]
+    with pytest.raises(InputError, match=r"a\.onnx: 'p' is computed from itself"):
+        inspect(_save(file, [*circle, _matmul("p")], weight))
+    node = helper.make_node("MatMulNBits", ["x", "w"], ["y"], name="fc", domain="com.microsoft")
+    with pytest.raises(InputError, match="a MatMulNBits without K, N, block_size"):
+        inspect(_save(file, [node], weight))
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
