@@ -24,6 +24,7 @@ class ExportRequest:
         work: scratch folder shared by all exports of a run.
         spec: the recipe's entry.
         packed: folder of weights that were quantised before, in the types of ``spec``.
+        trust_remote_code: whether code in ``source`` may run.
     """
 
     checkpoint: Checkpoint
@@ -33,6 +34,7 @@ class ExportRequest:
     work: Path
     spec: ExportSpec
     packed: Path | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ def export(request: ExportRequest) -> Exported:
         request.source,
         PackedFolder.open(request.packed),
     )
+    plan = dataclasses.replace(plan, trusted=request.trust_remote_code)
     every, genai, emission, records, reason = _build(plan, request.out)
     files = {MODEL_FILE: every}
     decoder = any(output.name == "logits" for output in every.graph.output)
@@ -128,7 +129,7 @@ def _build(
     from svdexport.export.onnx_general import build_general, genai_settings
     from svdexport.export.onnx_pack import DataWriter
 
-    config = load_config(plan.source)
+    config = load_config(plan.source, plan.trusted)
     reason = why_not(config, latent=plan.latent, standard=plan.standard)
     genai: dict[str, Any] | None = None
     with DataWriter(out, DATA_FILE) as data:

@@ -23,11 +23,13 @@ from svdexport.export.onnx_pack import DataWriter
 from svdexport.export.onnx_plan import FAMILIES, BuildPlan, Emission
 
 
-def load_config(source: Path) -> Any:
+def load_config(source: Path, trust_remote_code: bool = False) -> Any:
     """The model's config, by transformers, without a quantisation of its own."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(
+        source, local_files_only=True, trust_remote_code=trust_remote_code
+    )
     if getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None:
         # Mistral slides in every layer and says so nowhere; the builder would ignore the window.
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers

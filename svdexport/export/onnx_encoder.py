@@ -21,7 +21,7 @@ def build_encoder(plan: BuildPlan, data: DataWriter, config: Any) -> tuple[ir.Mo
     """Trace the encoder and write its weights. Raises InputError where that cannot be done."""
     if plan.half:
         raise InputError(f"{plan.source}: fp16 is not exported for encoders; use int8 or fp32")
-    model: Any = traced_model(config, plan.checkpoint)
+    model: Any = traced_model(config, plan.checkpoint, trust_remote_code=plan.trusted)
     wrapped = SentenceEncoder(model, pooling_of(plan.source))
     free = {0: "batch_size", 1: "sequence_length"}
     inputs = {

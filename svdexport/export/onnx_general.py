@@ -38,7 +38,7 @@ def build_general(plan: BuildPlan, data: DataWriter, config: Any) -> tuple[ir.Mo
     product with its weight.
     """
     dtype = torch.float16 if plan.half else torch.float32
-    model: Any = traced_model(config, plan.checkpoint, dtype, plan.latent)
+    model: Any = traced_model(config, plan.checkpoint, dtype, plan.latent, plan.trusted)
     latent = latent_layers(model)
     if plan.latent and plan.checkpoint.low_rank and not latent:
         raise InputError(

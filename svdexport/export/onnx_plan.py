@@ -47,6 +47,7 @@ class BuildPlan:
         standard: ONNX's own operators alone.
         packed: weights that were quantised before.
         latent: cache A x where v is a pair of small rank.
+        trusted: code in ``source`` may run.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +58,7 @@ class BuildPlan:
     standard: bool = False
     packed: PackedFolder | None = None
     latent: bool = False
+    trusted: bool = False
 
 
 @dataclass

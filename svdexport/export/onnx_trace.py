@@ -99,6 +99,7 @@ def traced_model(
     checkpoint: Checkpoint,
     dtype: torch.dtype = torch.float32,
     latent: bool = False,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """The model with stand-ins for its linears and everything else from the checkpoint."""
     if latent:
@@ -108,7 +109,10 @@ def traced_model(
     config._experts_implementation = "batched_mm"
     with _parameters_on_meta():
         model: nn.Module = auto_class(checkpoint.path).from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
         )
     model.eval()
     made: dict[str, _Linear] = {}
@@ -125,7 +129,7 @@ def traced_model(
     if latent:
         for name in checkpoint.low_rank:
             _make_latent(model, name, made[name], dtype, numbers)
-    _load_rest(model, checkpoint, dtype)
+    _load_rest(model, checkpoint, dtype, trust_remote_code)
     return model
 
 
@@ -181,7 +185,9 @@ def _stand_in(
     return _Linear({**shapes, "lr_b": (rows, spec.rank)}, bias, dtype, numbers)
 
 
-def _load_rest(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def _load_rest(
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool
+) -> None:
     loaded: nn.Module | None = None
     made = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in model.state_dict().items():  # parameters, and buffers that are saved
@@ -190,7 +196,7 @@ def _load_rest(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> 
         if checkpoint.has(name):
             value = checkpoint.tensor(name)
         else:  # transformers makes it of several tensors, as it stacks experts
-            loaded = loaded or _loaded(checkpoint)
+            loaded = loaded or _loaded(checkpoint, trust_remote_code)
             value = _value(loaded, name).detach()
         if value.shape != tensor.shape:
             raise InputError(
@@ -215,10 +221,13 @@ def _value(model: nn.Module, name: str) -> Tensor:
     return torch.stack(rows)
 
 
-def _loaded(checkpoint: Checkpoint) -> nn.Module:
+def _loaded(checkpoint: Checkpoint, trust_remote_code: bool) -> nn.Module:
     """The whole model in memory."""
     model: nn.Module = auto_class(checkpoint.path).from_pretrained(
-        checkpoint.path, dtype=torch.float32, local_files_only=True
+        checkpoint.path,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
     )
     return model
 

@@ -120,7 +120,9 @@ def _export(
             folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(out, ignore_errors=True)
         source = model.source
-        request = ExportRequest(opened, source.folder, source.gguf, out, scratch, spec, packed)
+        request = ExportRequest(
+            opened, source.folder, source.gguf, out, scratch, spec, packed, source.trust_remote_code
+        )
         made = exporter(spec.format).export(request)
         write_atomic(record, _EXPORTED.dump_json(made))
         for note in made.notes:
@@ -198,7 +200,8 @@ def _parity(
     exact = may_be_exact(exported.path) and drowned(expected, rounded)
     if exact:
         job.reporter.note("8-bit activations drown this model's logits: checked with float32 ones")
-    runtime = parity_runtime(exported.path, job.threads, exact)
+    trusted = model.source.trust_remote_code
+    runtime = parity_runtime(exported.path, job.threads, exact, trusted)
     try:
         return compare(expected, runtime.logits(tokens), limits, rounded, exact)
     finally:
@@ -248,11 +251,14 @@ def may_be_exact(path: Path) -> bool:
     return path.is_dir() and kind(path) == "onnx" and not is_encoder_graph(path)
 
 
-def parity_runtime(path: Path, threads: int, exact: bool = False) -> Runtime:
+def parity_runtime(
+    path: Path, threads: int, exact: bool = False, trust_remote_code: bool = False
+) -> Runtime:
     """The artifact's runtime, with the cache in float32 where that can be chosen.
 
     Args:
         exact: activations are not rounded to 8 bits; see ``may_be_exact``.
+        trust_remote_code: whether a checkpoint's own code may run.
     """
     if exact:
         from svdexport.runtimes.ort_exact import ExactOrtRuntime
@@ -262,7 +268,9 @@ def parity_runtime(path: Path, threads: int, exact: bool = False) -> Runtime:
         from svdexport.runtimes.llama_cpp_rt import LlamaCppRuntime
 
         return LlamaCppRuntime(path, threads=threads, context=PARITY_TOKENS, exact=True)
-    return open_runtime(path, threads=threads, context=PARITY_TOKENS)
+    return open_runtime(
+        path, threads=threads, context=PARITY_TOKENS, trust_remote_code=trust_remote_code
+    )
 
 
 def load_values(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -> None:

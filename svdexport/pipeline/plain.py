@@ -76,5 +76,13 @@ def _onnx(job: Job, model: ModelUnderWork, spec: OnnxExport) -> Exported:
     source = model.source
     out = job.work / "plain" / artifact_name(lower)
     dense = Checkpoint.open(source.folder)
-    request = ExportRequest(dense, source.folder, source.gguf, out, job.work / "base", lower)
+    request = ExportRequest(
+        dense,
+        source.folder,
+        source.gguf,
+        out,
+        job.work / "base",
+        lower,
+        trust_remote_code=source.trust_remote_code,
+    )
     return exporter("onnx").export(request)

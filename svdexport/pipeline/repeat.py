@@ -40,7 +40,6 @@ from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import CheckpointExport, Export, Gates, Model, Recipe, validate
 from svdexport.report import manifest
 from svdexport.report.result import ArtifactResult, RunResult
-from svdexport.runtimes import open_runtime
 from svdexport.runtimes.torch_rt import TorchRuntime
 from svdexport.safety import check_config, check_safetensors
 from svdexport.verify import evidence
@@ -137,16 +136,11 @@ def repeated_gates(gates: Gates, wish: Wish) -> Gates:
 def _parity(folder: Path, artifact: ArtifactResult, wish: Wish) -> Parity:
     path = evidence.path_of(folder, artifact.path)
     kept = evidence.read(path)
-    place, exact, trusted = folder / artifact.path, False, wish.trust_remote_code
+    place, trusted = folder / artifact.path, wish.trust_remote_code
     if artifact.format == "checkpoint":
         check_config(place, trusted)
-        context = kept.tokens.size
-        runtime = open_runtime(
-            place, threads=wish.threads, context=context, trust_remote_code=trusted
-        )
-    else:
-        exact = may_be_exact(place) and drowned(kept.logits, kept.rounded)
-        runtime = parity_runtime(place, wish.threads, exact)
+    exact = may_be_exact(place) and drowned(kept.logits, kept.rounded)
+    runtime = parity_runtime(place, wish.threads, exact, trusted)
     try:
         if max(int(kept.tokens.max()), int(kept.columns.max())) >= runtime.vocab_size:
             raise ArtifactError(f"{path}: token ids beyond the vocabulary of {artifact.path}")
@@ -253,7 +247,13 @@ def _speed(
         with reporter.stage(f"dense twin of {artifact.path}"):
             checkpoint = Checkpoint.open(source.folder)
             request = ExportRequest(
-                checkpoint, source.folder, source.gguf, twin, scratch / "base", spec
+                checkpoint,
+                source.folder,
+                source.gguf,
+                twin,
+                scratch / "base",
+                spec,
+                trust_remote_code=source.trust_remote_code,
             )
             (scratch / "base").mkdir(exist_ok=True)
             exporter(spec.format).export(request)

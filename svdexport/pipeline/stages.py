@@ -33,6 +33,7 @@ from svdexport.pipeline.sequential import fitted_dense, refactor_in_sequence
 from svdexport.pipeline.trials import measured
 from svdexport.recipe import Recipe
 from svdexport.report.result import PlanRow
+from svdexport.runtimes.sentence import pooling_of
 
 MEMORY = "memory.txt"  # whether the weights were streamed when the factors were made, and why
 TROUBLE = "trouble.json"  # what was odd about the moments, for the report
@@ -62,6 +63,8 @@ def run_compression(job: Job, model: ModelUnderWork) -> Compressed:
     """Text, factors, ranks, the checkpoint, refinement; finished stages are not repeated."""
     recipe = job.recipe
     check_kind(recipe, model.checkpoint.config)
+    if is_encoder(model.checkpoint.config):
+        pooling_of(model.source.folder)  # or its refusal, before any work
     check_streamed(recipe, lambda: model.memory)
     origin = source_key(model.source)
     tokens_key = key(origin, recipe.calibration, recipe.evaluate, texts_stamp(recipe))

@@ -25,13 +25,17 @@ speed: {threads: 1}
 CODE = """\
 from pathlib import Path
 
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 Path(MARK).touch()
 
 
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
 class Own(LlamaForCausalLM):
-    pass
+    config_class = CONFIG
 """
 
 
@@ -41,17 +45,28 @@ def write_recipe(folder: Path, trusted: bool) -> Path:
     return path
 
 
-def bring_code(folder: Path, mark: Path) -> None:
-    """Give a model code of its own that leaves a file where it is run."""
+def bring_code(folder: Path, mark: Path, known: bool = True) -> None:
+    """Give a model code of its own that leaves a file where it is run.
+
+    ``known``: transformers has the architecture without that code too.
+    """
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "own.Own"}
+    if not known:
+        config |= {"model_type": "own", "architectures": ["Own"]}
+        config["auto_map"]["AutoConfig"] = "own.OwnConfig"
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "own.py").write_text(CODE.replace("MARK", repr(str(mark))))
+    (folder / "own.py").write_text(
+        CODE.replace("MARK", repr(str(mark))).replace(
+            "CONFIG", "LlamaConfig" if known else "OwnConfig"
+        )
+    )
 
 
-def test_a_trusted_model_runs_and_its_checkpoint_has_its_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_a_trusted_model_runs_and_its_checkpoint_has_its_code(tmp_path: Path, known: bool) -> None:
     make_model(tmp_path / "model", "llama")
-    bring_code(tmp_path / "model", tmp_path / "ran")
+    bring_code(tmp_path / "model", tmp_path / "ran", known)
     with pytest.raises(InputError, match="trust_remote_code: true"):
         api.run(write_recipe(tmp_path, trusted=False), tmp_path / "out")
     assert not (tmp_path / "ran").exists()
