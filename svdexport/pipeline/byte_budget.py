@@ -62,10 +62,6 @@ def allocate_bytes(
     recipe = job.recipe
     every = chosen_groups(recipe, model.structure)
     groups = [group for group in every if group.stack is None]
-    if model.memory.streamed:
-        raise RecipeError(
-            f"compress.budget.bytes runs the model as a whole, but {model.memory.note}"
-        )
     matrices = vocabulary(model.model)
     budget = recipe.compress.budget
     assert budget is not None and budget.bytes is not None and recipe.quantize is not None

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from svdexport.core.linears import is_transposed
-from svdexport.errors import InputError, RecipeError
+from svdexport.errors import InputError
 from svdexport.export import gguf_base
 from svdexport.export.gguf_norms import TRAINED, norm_places
 from svdexport.models.decoder import Decoder
@@ -33,14 +33,12 @@ def tune_gains(
 ) -> None:
     """Leave trained gains beside the packed weights of an export.
 
-    Raises:
-        RecipeError: the model is streamed. InputError: none of its norms stands in the GGUF as it
-            is in the model.
+    The model's weights are loaded whole; ``stages.check_streamed`` refuses others at the start.
+
+    Raises InputError where none of its norms stands in the GGUF as it is in the model.
     """
     quantize = job.recipe.quantize
     assert quantize is not None and quantize.tune is not None and isinstance(spec, GgufExport)
-    if model.memory.streamed:
-        raise RecipeError(f"quantize.tune trains the model as a whole, but {model.memory.note}")
     scratch = job.work / "tune" / artifact_name(spec)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

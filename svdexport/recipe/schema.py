@@ -316,10 +316,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _pairs_made_in_sequence(self) -> Recipe:
         if self.compress.sequential and any(entry.method == "als" for entry in self.refine):
-            raise ValueError(
-                "refine als fits pairs to the original model's inputs, and compress.sequential has "
-                "fitted them to those behind the compressed layers; leave one of the two out"
-            )
+            raise ValueError("refine als undoes compress.sequential; leave one of the two out")
         return self
 
     @model_validator(mode="after")
