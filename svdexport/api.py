@@ -87,7 +87,7 @@ def compress(
     reporter: Reporter | None = None,
 ) -> Path:
     """The stages up to the compressed checkpoint, whose folder (float32 factors) is returned."""
-    with started(Path(recipe), out, overrides, False, reporter) as job:
+    with started(Path(recipe), out, overrides, False, reporter, timed=False) as job:
         from svdexport.pipeline.job import ModelUnderWork
         from svdexport.pipeline.stages import run_compression
 
@@ -137,7 +137,7 @@ def export(
     reporter: Reporter | None = None,
 ) -> list[Path]:
     """The stages up to the exported and checked files, left in the run's staging folder."""
-    with started(Path(recipe), out, overrides, False, reporter) as job:
+    with started(Path(recipe), out, overrides, False, reporter, timed=False) as job:
         from svdexport.pipeline.artifacts import export_all
         from svdexport.pipeline.job import ModelUnderWork
         from svdexport.pipeline.quantize import quantize_exports
@@ -177,7 +177,7 @@ def frontier(
     place = out or Path("out") / f"{Path(recipe).stem}-frontier"
     if place.exists():
         raise RecipeError(f"{place}: exists already; move it away, or give another --out")
-    with started(Path(recipe), place, overrides, False, reporter) as job:
+    with started(Path(recipe), place, overrides, False, reporter, timed=speed) as job:
         from svdexport.pipeline.frontier import frontier as find
         from svdexport.pipeline.frontier import publish
 

@@ -24,12 +24,13 @@ from svdexport.safety.paths import check_regular
 POSITION_TABLES = (".wpe.weight", "embed_positions.weight", "position_embeddings.weight")
 
 
-def check_inputs(recipe: Recipe, *, weights: bool = True) -> None:
+def check_inputs(recipe: Recipe, *, weights: bool = True, timed: bool = True) -> None:
     """The model's files and the texts that a recipe names.
 
     Args:
         weights: also look through all weights for NaN and infinity (a second for each 500 MB);
             without, a folder that has its configuration alone will do.
+        timed: the exports are to be timed, so that ``speed.prefill`` counts.
 
     Raises:
         InputError: the model. RecipeError: a text, a data set, or a length beyond the model's
@@ -40,7 +41,7 @@ def check_inputs(recipe: Recipe, *, weights: bool = True) -> None:
         check_config(model.path, model.trust_remote_code)
     elif model.path is not None:
         folder = check_model_folder(model.path, model.trust_remote_code)
-        check_lengths(recipe, folder)
+        check_lengths(recipe, folder, timed)
         for header in folder.headers if weights else ():
             check_file_finite(header)
     elif model.gguf is not None:
@@ -56,14 +57,14 @@ def check_inputs(recipe: Recipe, *, weights: bool = True) -> None:
         raise RecipeError(f"calibration.dataset: {data}: no such file or folder")
 
 
-def check_lengths(recipe: Recipe, folder: ModelFolder) -> None:
+def check_lengths(recipe: Recipe, folder: ModelFolder, timed: bool) -> None:
     """Refuse, as RecipeError, sequences longer than a table of learned positions."""
     most = positions(folder)
     lengths = {
         "calibration.length": recipe.calibration.length,
         "evaluate.context": recipe.evaluate.context,
     }
-    if any(export.format != "checkpoint" for export in recipe.export):  # else nothing is timed
+    if timed and any(export.format != "checkpoint" for export in recipe.export):
         lengths["speed.prefill"] = max(recipe.speed.prefill)
     for key, length in lengths.items():
         if most is not None and length > most:

@@ -25,10 +25,12 @@ def started(
     overrides: Sequence[str],
     restart: bool,
     reporter: Reporter | None,
+    timed: bool = True,
 ) -> Iterator[Job]:
     """The job of a recipe, its output locked; other processes of ``torchrun`` serve and end here.
 
-    Inputs are checked before torch is imported. Raises RecipeError, InputError and ResourceError.
+    Inputs are checked before torch is imported; ``timed``: the exports' speed is to be measured.
+    Raises RecipeError, InputError and ResourceError.
     """
     place = Path(out) if out else Path("out") / recipe_path.stem
     with joined() as ranks:
@@ -43,7 +45,7 @@ def started(
             protected=protected(recipe),
             restart=restart,
         )
-        check_inputs(recipe)
+        check_inputs(recipe, timed=timed)
         from svdexport.core.ranks import ALONE
         from svdexport.pipeline.job import Job, default_threads
 

@@ -301,6 +301,7 @@ def test_lengths_end_where_learned_positions_do(family: str, tmp_path: Path) -> 
             continue
         with pytest.raises(RecipeError, match=f"^{key}: 129 tokens.* at most 128"):
             check_inputs(longer)
+    check_inputs(load_recipe(path, [*fits, "speed.prefill=[512]"]), timed=False)
     path.write_text(RECIPE[: RECIPE.index("export:")] + "export: [{format: checkpoint}]\n")
     check_inputs(load_recipe(path, [*fits, "speed.prefill=[512]"]))  # nothing is timed
 
