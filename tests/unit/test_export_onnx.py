@@ -81,7 +81,9 @@ def test_float32_equals_torch(family: str, groups: list[list[str]], tmp_path: Pa
     runtime.close()
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-bias", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen3"]
+)
 @pytest.mark.parametrize(("precision", "block_size"), [("int8", 32), ("int4", 32), ("int4", 16)])
 def test_quantised_equals_torch_with_the_files_values(
     family: str, precision: str, block_size: int, tmp_path: Path

@@ -42,7 +42,7 @@ def test_two_bits_have_blocks_of_128_unless_told_otherwise() -> None:
     assert OnnxExport(precision="int8", operators="standard").label == "int8-standard"
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "mistral", "qwen2", "qwen3"])
 def test_two_bits_equal_torch_with_the_files_values(family: str, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "onnx"
     model = make_model(source, family, intermediate_size=256)
@@ -67,7 +67,7 @@ def test_two_bits_equal_torch_with_the_files_values(family: str, tmp_path: Path)
     runtime.close()
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "mistral", "qwen2", "qwen3"])
 def test_float16_by_the_builder_equals_torch(family: str, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "onnx"
     model = make_model(source, family)
