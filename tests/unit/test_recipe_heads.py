@@ -38,3 +38,20 @@ def test_a_noisy_machine_gives_no_speed() -> None:
     noisy = dataclasses.replace(result, verdict=Verdict("inconclusive", 7, ()))
     assert any("x (" in line for line in tool.gave(result))
     assert not any("x (" in line for line in tool.gave(noisy))
+    artifacts = tuple(
+        dataclasses.replace(
+            artifact,
+            speed=dataclasses.replace(
+                artifact.speed,
+                timings=tuple(
+                    dataclasses.replace(t, disturbed_rounds=len(t.samples))
+                    for t in artifact.speed.timings
+                ),
+            ),
+        )
+        if artifact.speed
+        else artifact
+        for artifact in result.artifacts
+    )
+    disturbed = dataclasses.replace(result, artifacts=artifacts)
+    assert not any("x (" in line for line in tool.gave(disturbed))

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -88,6 +90,36 @@ def recipe(args: argparse.Namespace, kept: float) -> Recipe:
     )
 
 
+def made(
+    args: argparse.Namespace, tokenizer: Any, model: torch.nn.Module, work: Path
+) -> dict[str, Checkpoint]:
+    """The dense model and a compressed one for each kept share, from one calibration."""
+    checkpoints = {"dense": Checkpoint.open(args.model)}
+    whole = recipe(args, 1.0)
+    structure = structure_of(args.model)
+    if not (work / "factors").exists():
+        tokens, _ = encoder_texts(whole.calibration, whole.evaluate, tokenizer)
+        reporter = Reporter(quiet=True)
+        part = work / "factors.part"
+        shutil.rmtree(part, ignore_errors=True)
+        factorize_blocks(whole, structure, model, tokens, part, reporter)
+        part.rename(work / "factors")
+    for kept in args.kept.split(","):
+        if (work / f"kept-{kept}").exists():
+            checkpoints[f"kept {kept}"] = Checkpoint.open(work / f"kept-{kept}")
+            continue
+        plan = compress.allocate_ranks(recipe(args, float(kept)), structure, work / "factors")
+        low_rank = compress.low_rank_of(plan, structure)
+        source = checkpoints["dense"]
+        parts = assembled(
+            source, low_rank, compress.pair_tensors(whole.compress, plan, work / "factors")
+        )
+        config = compressed_config(source.config, low_rank)
+        write_checkpoint(work / f"kept-{kept}", args.model, config, parts)
+        checkpoints[f"kept {kept}"] = Checkpoint.open(work / f"kept-{kept}")
+    return checkpoints
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path)
@@ -118,26 +150,10 @@ def main() -> None:
     rows = []
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        checkpoints = {"dense": Checkpoint.open(args.model)}
-        made = recipe(args, 1.0)
-        structure = structure_of(args.model)
-        if not (work / "factors").exists():
-            tokens, _ = encoder_texts(made.calibration, made.evaluate, tokenizer)
-            reporter = Reporter(quiet=True)
-            factorize_blocks(made, structure, model, tokens, work / "factors", reporter)
-        for kept in args.kept.split(","):
-            if (work / f"kept-{kept}").exists():
-                checkpoints[f"kept {kept}"] = Checkpoint.open(work / f"kept-{kept}")
-                continue
-            plan = compress.allocate_ranks(recipe(args, float(kept)), structure, work / "factors")
-            low_rank = compress.low_rank_of(plan, structure)
-            source = checkpoints["dense"]
-            parts = assembled(
-                source, low_rank, compress.pair_tensors(made.compress, plan, work / "factors")
-            )
-            config = compressed_config(source.config, low_rank)
-            write_checkpoint(work / f"kept-{kept}", args.model, config, parts)
-            checkpoints[f"kept {kept}"] = Checkpoint.open(work / f"kept-{kept}")
+        decides = (args.model.resolve(), args.calibration.read_text(), args.samples, args.allocate)
+        work /= hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
+        work.mkdir(parents=True, exist_ok=True)
+        checkpoints = made(args, tokenizer, model, work)
         for precision in args.precisions.split(","):
             rows += _precision(args, precision, checkpoints, work, fed, meant)
     if args.json:

@@ -2,11 +2,12 @@
 
     python tools/benchmarks/gauge.py MODEL --text calibration.txt --blocks 5 15 25 [--json OUT]
 
-Pairs of ``kfac_svd`` (grouped) at a kept share of the linears' parameters are rounded by ggml's own
-quantiser, with the importance matrix of the calibration, in each gauge, and run as llama.cpp does
-it: x and A x rounded to 8 bits in blocks of 32, or of 256 for K-quants. The figure is
-||y - y'||^2 / ||y||^2 of the pair's outputs over inputs of the calibration text, in geometric mean
-over the pairs; ``8 bits`` are exact factors with rounded activations.
+Pairs of ``kfac_svd`` (grouped) at a kept share of the linears' parameters, of rank 256 at least
+where that is below break-even, as K-quants need it, are rounded by ggml's own quantiser, with the
+importance matrix of the calibration, in each gauge, and run as llama.cpp does it: x and A x rounded
+to 8 bits in blocks of 32, or of 256 for K-quants. The figure is ||y - y'||^2 / ||y||^2 of the
+pair's outputs over inputs of the calibration text, in geometric mean over the pairs; ``8 bits`` are
+exact factors with rounded activations.
 """
 
 from __future__ import annotations

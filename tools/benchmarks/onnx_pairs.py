@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -101,9 +102,11 @@ def write(folder: Path, shape: Shape, kept: float | None, multiple: int = 1) -> 
 
     Ranks are the nearest ``multiple`` to what keeps that share.
     """
-    if (folder / "config.json").exists():
+    if folder.exists():
         return Checkpoint.open(folder)
-    folder.mkdir(parents=True)
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     linears, tensors = shape.linears(), dict[str, torch.Tensor]()
     low_rank: dict[str, PairSpec] = {}
 
@@ -131,11 +134,12 @@ def write(folder: Path, shape: Shape, kept: float | None, multiple: int = 1) -> 
                     add(f"{name}.lr_b.weight", linears[member][0], rank)
                     low_rank[name] = PairSpec(rank, f"{base}.{group[0]}")
     tensors |= {f"{name}.weight": torch.ones(shape.width).half() for name in norms}
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, part / "model.safetensors")
     config = shape.config()
     if low_rank:
         config["quantization_config"] = low_rank_config(low_rank)
-    (folder / "config.json").write_text(json.dumps(config))
+    (part / "config.json").write_text(json.dumps(config))
+    part.rename(folder)
     return Checkpoint.open(folder)
 
 
@@ -167,12 +171,13 @@ def main() -> None:
     print(f"{args.shape}, kept {args.kept}, {args.threads} threads, {args.runtime}", flush=True)
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        dense = write(work / "dense", shape, None)
+        dense = write(work / f"{args.shape}-dense", shape, None)
         for label in args.precisions.split(","):
             precision, _, asked = label.partition(":")
             block = int(asked or BLOCKS[precision])
             multiple = args.multiple or MULTIPLES[precision]
-            pairs = write(work / f"pairs-{multiple}", shape, args.kept, multiple)
+            name = f"{args.shape}-{args.kept:g}-{multiple}"
+            pairs = write(work / name, shape, args.kept, multiple)
             spec = OnnxExport.model_validate({"precision": precision, "block_size": block})
             reports[label] = _one(args, label, spec, {"dense": dense, "pairs": pairs}, work)
     if args.json:

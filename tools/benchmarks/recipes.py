@@ -20,6 +20,7 @@ import textwrap
 from pathlib import Path
 
 from svdexport.report.result import ArtifactResult, RunResult, from_dict
+from svdexport.verify.speed import too_disturbed
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NAMES = (
@@ -46,7 +47,7 @@ def run(name: str, out: Path, overrides: list[str]) -> RunResult:
         stdout=subprocess.PIPE,
         text=True,
     )
-    if done.returncode in WRONG:
+    if done.returncode in WRONG or not done.stdout:  # or it was stopped
         raise SystemExit(f"{name}: exit {done.returncode}")
     data = json.loads(done.stdout)
     data.pop("out")
@@ -63,7 +64,7 @@ def gave(result: RunResult) -> list[str]:
         twin = result.baseline_of(artifact)
         before = "" if twin is None else f"{twin.bytes / 1e6:.1f} -> "
         parts = [f"{before}{artifact.bytes / 1e6:.1f} MB", _quality(artifact, twin)]
-        speed = _speed(artifact, result.verdict.exit_code == NOISY)
+        speed = _speed(artifact, noisy=result.verdict.exit_code == NOISY)
         lines.append(f"Gave ({artifact.label}): " + ", ".join([*filter(None, parts), speed]) + ".")
     for found in result.equal_bytes:
         lines.append(
@@ -88,7 +89,8 @@ def _speed(artifact: ArtifactResult, noisy: bool) -> str:
     speed = artifact.speed
     if speed is None:
         return "speed not measured"
-    if noisy:
+    disturbed = (too_disturbed(t.disturbed_rounds, len(t.samples)) for t in speed.timings)
+    if noisy or any(disturbed):
         return "speed not said (noisy machine)"
     found = {"prefill": speed.prefill_speedup, "decode": speed.decode_speedup}
     return ", ".join(

@@ -29,7 +29,7 @@ esac
 case $code in
   0) advice="The files in $OUT can be released." ;;
   1) advice="A bug in svdexport: report it with the log above." ;;
-  2) advice="The recipe or an option is wrong; nothing was run." ;;
+  2) advice="The recipe or an option is wrong, or its budget cannot be met." ;;
   3) advice="An input is broken, or a written file does not hold or compute what was meant." ;;
   4) advice="A quality gate failed: keep more parameters, or accept less with another limit." ;;
   5) advice="A speed or size gate failed: remove more parameters, or choose another type." ;;

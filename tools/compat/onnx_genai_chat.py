@@ -15,6 +15,8 @@ import onnxruntime_genai as genai
 
 
 def main() -> None:
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     folder, question = sys.argv[1], sys.argv[2]
     count = int(sys.argv[3]) if len(sys.argv) > 3 else 48
     model = genai.Model(folder)

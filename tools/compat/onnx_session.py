@@ -16,8 +16,12 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
 
 def main() -> None:
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     folder, prompt = Path(sys.argv[1]), sys.argv[2]
     count = int(sys.argv[3]) if len(sys.argv) > 3 else 32
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -28,7 +32,7 @@ def main() -> None:
     config = json.loads((folder / "config.json").read_text())
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     past = {
-        name: np.zeros((1, value.shape[1], 0, width), np.float32)
+        name: np.zeros((1, value.shape[1], 0, width), TYPES[value.type])
         for name, value in inputs.items()
         if name.startswith("past_key_values.")
     }

@@ -123,7 +123,10 @@ def print_row(
 def stock_package(scratch: Path) -> Path:
     """A folder with the package llama_cpp around the unchanged library."""
     build = [sys.executable, str(ROOT / "tools" / "llama_cpp" / "build.py"), "--stock"]
-    wheel = subprocess.run(build, check=True, capture_output=True, text=True).stdout.strip()
+    done = subprocess.run(build, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # it has said why
+        raise SystemExit("the unchanged library cannot be built")
+    wheel = done.stdout.strip()
     folder = scratch / "stock"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
@@ -153,7 +156,8 @@ def run_stock(package: Path, model: Path, scratch: Path) -> tuple[str, np.ndarra
     )
     if logits.exists():
         return "runs", np.load(logits)
-    return "refuses: " + (done.stderr.strip().splitlines() or ["no reason given"])[-1], None
+    said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return "refuses: " + said.replace("|", "\\|"), None
 
 
 def run_here(model: Path, out: Path, tokens: Path) -> None:

@@ -2,7 +2,9 @@
 
 Writes a Llama with random weights (speed does not depend on their values) dense and as pairs, has
 llama.cpp quantise both, and times prefill and decode in turn, round by round, in one process.
-Prints for each type the speedup and the efficiency = speedup / (dense bytes / low-rank bytes).
+Prints for each type the speedup and the efficiency = speedup / (dense bytes / low-rank bytes), by
+the bytes of the files ("eff.") and by those that a token reads ("read"): of an embedding that is
+not the head too, it reads one row.
 
     python tools/llama_cpp/benchmark.py --types F16,Q8_0 --threads 2 --rounds 9
 
@@ -31,7 +33,8 @@ GROUPS = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up": ("ffn_gate"
 CONTEXT = 1024
 # a rank that is no multiple of this takes a slower path: F16's dot product has a step of 64 numbers
 # (with AVX-512) and a scalar rest; K-quants have blocks of 256
-MULTIPLE = {"F16": 64, "Q8_0": 32, "Q4_0": 32, "Q4_K": 256, "Q6_K": 256}
+MULTIPLE = {"F16": 64, "Q8_0": 32, "Q4_0": 32, "IQ4_NL": 32}
+MULTIPLE |= dict.fromkeys(("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"), 256)
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,7 @@ def pair_shapes(
         n_in = linears[members[0]][1]
         k = rank(sum(linears[member][0] for member in members), n_in, kept, multiple)
         out[f"{name}.lr_a"] = (k, n_in)
-        if name in GROUPS:  # one pair
-            out[f"{name}.lr_b"] = (sum(linears[member][0] for member in members), k)
-        else:
-            out |= {f"{member}.lr_b": (linears[member][0], k) for member in members}
+        out[f"{name}.lr_b"] = (sum(linears[member][0] for member in members), k)
     return out
 
 
@@ -143,11 +143,18 @@ def quantise(source: Path, kind: str) -> Path:
     return part.rename(out)
 
 
+def bytes_read(path: Path) -> int:
+    """Bytes of the matrices that a decoded token reads whole."""
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+    rows_only = sizes["token_embd.weight"] if "output.weight" in sizes else 0
+    return sum(sizes.values()) - rows_only
+
+
 class Model:
     """A file, loaded, with one context; times in seconds."""
 
     def __init__(self, path: Path, threads: int, clock: Callable[[], float]) -> None:
-        model = llama_cpp.llama_model_load_from_file(
+        self.model = model = llama_cpp.llama_model_load_from_file(
             str(path).encode(), llama_cpp.llama_model_default_params()
         )
         params = llama_cpp.llama_context_default_params()
@@ -155,11 +162,18 @@ class Model:
         params.n_threads = params.n_threads_batch = threads
         self.context = llama_cpp.llama_init_from_model(model, params) if model else None
         if not self.context:
-            raise SystemExit(f"llama.cpp cannot load {path}")
+            raise SystemExit(
+                f"llama.cpp cannot load {path} (pairs need the library that build.py makes)"
+            )
         vocabulary = llama_cpp.llama_model_get_vocab(model)
         self.vocab = llama_cpp.llama_vocab_n_tokens(vocabulary)
         self.bytes = path.stat().st_size
+        self.read = bytes_read(path)
         self.clock = clock
+
+    def close(self) -> None:
+        llama_cpp.llama_free(self.context)
+        llama_cpp.llama_model_free(self.model)
 
     def _decode(self, tokens: list[int]) -> None:
         array = (llama_cpp.llama_token * len(tokens))(*tokens)
@@ -190,9 +204,13 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
 def compare(dense: Model, pairs: Model, rounds: int, prompt: int, steps: int) -> dict[str, object]:
     for model in (dense, pairs):
         model.time(prompt, 4)
-    times = [(dense.time(prompt, steps), pairs.time(prompt, steps)) for _ in range(rounds)]
-    shrink = dense.bytes / pairs.bytes
-    result: dict[str, object] = {"bytes_ratio": shrink}
+    times = []
+    for i in range(rounds):  # neither always has the caches as the other leaves them
+        order = (dense, pairs) if i % 2 == 0 else (pairs, dense)
+        taken = {id(model): model.time(prompt, steps) for model in order}
+        times.append((taken[id(dense)], taken[id(pairs)]))
+    shrink, read = dense.bytes / pairs.bytes, dense.read / pairs.read
+    result: dict[str, object] = {"bytes_ratio": shrink, "read_ratio": read}
     for i, what in enumerate(("prefill", "decode")):
         median, low, high = interval([d[i] / p[i] for d, p in times])
         best = min(d[i] for d, _ in times) / min(p[i] for _, p in times)
@@ -202,12 +220,13 @@ def compare(dense: Model, pairs: Model, rounds: int, prompt: int, steps: int) ->
             "high": high,
             "speedup_of_best": best,
             "efficiency": median / shrink,
+            "efficiency_of_read": median / read,
             "seconds": [[d[i], p[i]] for d, p in times],
         }
     return result
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -216,7 +235,7 @@ def main() -> int:
     parser.add_argument("--kept", type=float, default=0.5, help="share of the linears' parameters")
     parser.add_argument("--multiple", type=int, help="of the ranks, else what suits the type")
     parser.add_argument(
-        "--shared", action="store_true", help="q, k, v as one pair, gate and up with one A"
+        "--shared", action="store_true", help="q, k, v as one pair, gate and up as one"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -226,6 +245,16 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="keep the models here, and use those found")
     parser.add_argument("--json", type=Path, help="write all samples to this file")
     args = parser.parse_args()
+    args.types = args.types.split(",")
+    if unknown := [kind for kind in args.types if kind not in MULTIPLE]:
+        parser.error(f"--types {unknown[0]}: choose from {', '.join(MULTIPLE)}")
+    if args.prompt + args.steps > CONTEXT:
+        parser.error(f"--prompt and --steps: at most {CONTEXT} tokens together")
+    return args
+
+
+def main() -> int:
+    args = arguments()
     silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
@@ -233,10 +262,11 @@ def main() -> int:
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     results: dict[str, object] = {}
     print(f"{args.shape}, kept {args.kept}, {args.threads} threads, {args.clock} time")
-    print("type   bytes    prefill  [95 %]         eff.   decode   [95 %]         eff.")
+    print("type   bytes read   prefill [95 %]        eff. read  decode  [95 %]        eff. read")
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
-        for kind in args.types.split(","):
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in args.types:
             multiple = args.multiple or MULTIPLE.get(kind, 32)
             layer = pair_shapes(shape, args.kept, multiple, args.shared)
             name = f"{args.shape}-{args.kept}-{multiple}{'-fused' if args.shared else ''}"
@@ -251,12 +281,14 @@ def main() -> int:
                 models.append(Model(made, args.threads, clock))
             result = compare(models[0], models[1], args.rounds, args.prompt, args.steps)
             results[kind] = result
-            line = f"{kind:6} {result['bytes_ratio']:.3f} "
+            for model in models:
+                model.close()
+            line = f"{kind:6} {result['bytes_ratio']:.2f}x {result['read_ratio']:.2f}x"
             for what in ("prefill", "decode"):
                 r = result[what]
                 assert isinstance(r, dict)
                 speed = f"{r['speedup']:.2f}x  [{r['low']:.2f}, {r['high']:.2f}]"
-                line += f"  {speed}  {r['efficiency']:.2f}"
+                line += f"  {speed}  {r['efficiency']:.2f} {r['efficiency_of_read']:.2f}"
             print(line, flush=True)
     if args.json:
         args.json.write_text(json.dumps(results))

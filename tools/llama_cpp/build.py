@@ -12,6 +12,7 @@ comes out, so that a second call finds it at once. Progress goes to stderr.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import platform
@@ -35,6 +36,8 @@ PATCHES = tuple(
     )
 )
 RECIPE = "2"  # raise it when what this script makes of archive and patch changes
+# besides the compilers; CMAKE_ARGS is this script's own
+BUILD_VARIABLES = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CMAKE_GENERATOR")
 CMAKE_ARGS = "-DCMAKE_BUILD_TYPE=Release -DLLAVA_BUILD=OFF -DGGML_NATIVE=ON"
 # llama.cpp's converter and what it imports
 CONVERTER = (
@@ -56,11 +59,11 @@ def say(text: str) -> None:
 
 
 def cache_folder() -> Path:
-    """$SVDEXPORT_CACHE, $XDG_CACHE_HOME/svdexport or ~/.cache/svdexport."""
+    """$SVDEXPORT_CACHE, $XDG_CACHE_HOME/svdexport or ~/.cache/svdexport; an absolute path."""
     if own := os.environ.get("SVDEXPORT_CACHE"):
-        return Path(own)
+        return Path(own).expanduser().resolve()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "svdexport"
+    return Path(base).expanduser().resolve() / "svdexport"
 
 
 def sha256(path: Path) -> str:
@@ -72,27 +75,39 @@ def sha256(path: Path) -> str:
 
 
 def run(command: list[str], log: Path, *, cwd: Path | None = None, **extra_env: str) -> None:
-    """Run a command with its output in `log`; on failure raise with the log's last lines."""
+    """Run a command with its output in `log`; on failure raise with the log's last lines.
+
+    What a git hook or the user's git configuration says is kept from it.
+    """
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    env |= {"GIT_CONFIG_GLOBAL": os.devnull, **extra_env}
     with log.open("ab") as out:
         code = subprocess.run(
-            command, cwd=cwd, env={**os.environ, **extra_env}, stdout=out, stderr=out, check=False
+            command, cwd=cwd, env=env, stdout=out, stderr=out, check=False
         ).returncode
     if code != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
         raise BuildError(f"{tail}\n'{' '.join(command[:6])} ...' failed with exit status {code}")
 
 
-def compiler() -> str:
-    """The first line of the C++ compiler's version."""
-    command = os.environ.get("CXX", "c++").split()
+def compiler(variable: str, default: str) -> str:
+    """The first line of the version of the compiler that an environment variable names."""
+    command = os.environ.get(variable, "").split() or [default]
     if shutil.which(command[0]) is None:
         raise BuildError(
-            "no C++ compiler (c++, or what $CXX names); on Debian: apt install g++ cmake make git"
+            f"no compiler {command[0]} (${variable}); on Debian: apt install g++ cmake make git"
         )
-    if shutil.which("git") is None:
-        raise BuildError("no git, which applies the patches; on Debian: apt install git")
-    found = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    asked = [*command, "--version"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if found.returncode != 0 or not found.stdout:
+        raise BuildError(f"'{' '.join(asked)}' does not say its version; look at ${variable}")
     return found.stdout.splitlines()[0]
+
+
+def environment() -> list[str]:
+    """What the build takes from environment variables, where they are set."""
+    given = [f"{name}={os.environ[name]}" for name in BUILD_VARIABLES if os.environ.get(name)]
+    return given + ([compiler("CC", "cc")] if os.environ.get("CC") else [])
 
 
 def cpu() -> str:
@@ -112,7 +127,8 @@ def build_key(stock: bool) -> str:
         "stock" if stock else " ".join(map(sha256, PATCHES)),
         RECIPE,
         CMAKE_ARGS,
-        compiler(),
+        compiler("CXX", "c++"),
+        *environment(),
         cpu(),
         "-".join((platform.system(), platform.machine(), *platform.libc_ver())),
     ]
@@ -126,8 +142,12 @@ def fetch(cache: Path, log: Path) -> Path:
         return archive
     say(f"fetching the source archive of llama-cpp-python {VERSION} (77 MB)")
     with tempfile.TemporaryDirectory(dir=cache) as folder:
+        # pip runs code of an archive to learn its metadata, so the hash is its to check first
+        wanted = Path(folder) / "wanted.txt"
+        wanted.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{ARCHIVE_SHA256}\n")
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-        run([*pip, "--no-binary", "llama-cpp-python", f"llama-cpp-python=={VERSION}"], log)
+        pip += ["--no-binary", "llama-cpp-python", "--require-hashes", "--requirement"]
+        run([*pip, str(wanted)], log)
         got = Path(folder) / ARCHIVE
         if not got.exists() or sha256(got) != ARCHIVE_SHA256:
             raise BuildError(
@@ -196,29 +216,38 @@ def make(cache: Path, work: Path, key: str, stock: bool) -> Path:
         say(f"building {'the unchanged library' if stock else 'with low-rank pairs'}, {jobs} jobs")
         pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(out)]
         run([*pip, str(source)], log, CMAKE_ARGS=CMAKE_ARGS, CMAKE_BUILD_PARALLEL_LEVEL=str(jobs))
-    except BuildError:
-        shutil.copy2(log, cache / "failed.log")
-        raise
+    except BuildError as error:
+        if not log.exists():
+            raise
+        kept = shutil.copy2(log, cache / "failed.log")
+        raise BuildError(f"{error} (the whole log: {kept})") from None
     return out
 
 
 def build(stock: bool) -> Path:
     """The wheel's path in the cache; builds it if it is not there yet."""
+    if shutil.which("git") is None:
+        raise BuildError("no git, which applies the patches; on Debian: apt install git")
     cache = cache_folder() / "llama_cpp"
     key = build_key(stock)
     final = cache / f"{'stock' if stock else 'lowrank'}-{key}"
-    if not final.exists():
+    if not any(final.glob("*.whl")):
         cache.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as work:
-            out = make(cache, Path(work), key, stock)
-            try:
-                out.rename(final)
-            except OSError:
-                if not final.exists():  # else another build of the same key came first
-                    raise
-        say(f"built in {time.monotonic() - started:.0f} s")
+        with (cache / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one build at a time; another may have made it
+            if not any(final.glob("*.whl")):
+                _build_new(cache, key, stock, final)
     return next(final.glob("*.whl"))
+
+
+def _build_new(cache: Path, key: str, stock: bool, final: Path) -> None:
+    """Build under the lock, behind removing what interrupted builds have left."""
+    for left in (final, *cache.glob("build-*")):
+        shutil.rmtree(left, ignore_errors=True)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as work:
+        make(cache, Path(work), key, stock).rename(final)
+    say(f"built in {time.monotonic() - started:.0f} s")
 
 
 def main() -> int:
@@ -231,7 +260,7 @@ def main() -> int:
     stock: bool = parser.parse_args().stock
     try:
         print(build(stock))
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         say(f"error: {error}")
         return 1
     return 0

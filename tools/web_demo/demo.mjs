@@ -61,15 +61,15 @@ class Model {
     });
   }
 
-  // Greedy answer; `show` gets the text so far. Gives {text, prefill, decode} in tokens a second.
+  // Greedy answer; `show` gets the text so far. Gives {text, tokens, prefill, decode}: the latter
+  // two in tokens a second of the model alone, without what the page draws between.
   async answer(question, show) {
     const ids = this.tokenizer.encode(this.prompt(question), { add_special_tokens: false }).ids;
     let cache = this.emptyCache();
     let step = ids;
     let total = 0;
-    let first = 0;
     const made = [];
-    let start = performance.now();
+    const seconds = []; // of each run: the prompt's, then one for each token behind it
     while (made.length < MAX_TOKENS) {
       total += step.length;
       const feeds = {
@@ -80,7 +80,9 @@ class Model {
         const places = step.map((_, index) => BigInt(total - step.length + index));
         feeds.position_ids = new ort.Tensor("int64", BigInt64Array.from(places), [1, step.length]);
       }
+      const start = performance.now();
       const found = await this.session.run({ ...feeds, ...cache });
+      seconds.push((performance.now() - start) / 1000);
       const logits = found.logits.data;
       let token = 0;
       for (let index = 1; index < logits.length; index += 1) {
@@ -91,22 +93,18 @@ class Model {
         next[name] = found[name.replace("past_key_values", "present")];
       }
       cache = next;
-      if (!first) {
-        first = performance.now() - start;
-        start = performance.now();
-      }
       if (this.ends.includes(token)) break;
       made.push(token);
       step = [token];
       show(this.tokenizer.decode(made, { skip_special_tokens: true }));
       await new Promise((resume) => setTimeout(resume)); // lets the page draw
     }
-    const decode = (performance.now() - start) / 1000;
+    const [first, ...steps] = seconds;
     return {
       text: this.tokenizer.decode(made, { skip_special_tokens: true }),
       tokens: made.length,
-      prefill: ids.length / (first / 1000),
-      decode: (made.length - 1) / decode,
+      prefill: ids.length / first,
+      decode: steps.length ? steps.length / steps.reduce((sum, one) => sum + one) : null,
     };
   }
 }
@@ -132,10 +130,11 @@ async function ask(question) {
     columns[name].answer(results[name].text);
   }
   for (const [name, found] of Object.entries(results)) {
-    const times = (key) => (name === "dense" ? ""
-      : `, ${(found[key] / results.dense[key]).toFixed(2)}x`);
-    columns[name].set("prefill", `${found.prefill.toFixed(1)} tokens/s${times("prefill")}`);
-    columns[name].set("decode", `${found.decode.toFixed(1)} tokens/s${times("decode")}`);
+    for (const key of ["prefill", "decode"]) {
+      const dense = results.dense[key];
+      const ratio = name === "dense" || !dense ? "" : `, ${(found[key] / dense).toFixed(2)}x`;
+      columns[name].set(key, found[key] ? `${found[key].toFixed(1)} tokens/s${ratio}` : "–");
+    }
     found.bytes = models[name].bytes;
   }
   return results;
@@ -155,7 +154,11 @@ try {
   document.querySelector("#ask").addEventListener("submit", async (event) => {
     event.preventDefault();
     button.disabled = true;
-    await ask(field.value);
+    try {
+      await ask(field.value);
+    } catch (error) {
+      document.querySelector("#machine").textContent = `It failed: ${error}`;
+    }
     button.disabled = false;
   });
   if (settings.has("auto")) {

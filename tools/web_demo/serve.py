@@ -67,7 +67,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._send(file.read_bytes(), path)
 
     def do_POST(self) -> None:
-        self.page.result = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = self.headers.get("Content-Length", "")
+        if self.path != "/result" or not length.isdecimal():
+            self.send_error(400)
+            return
+        self.page.result = json.loads(self.rfile.read(int(length)))
         self._send(b"{}", "a.json")
         self.page.finished.set()
 
@@ -133,10 +137,14 @@ def photograph(
         # A proxy that does not exist for every other address: the page has no network.
         command += ["--proxy-server=127.0.0.1:9", "--proxy-bypass-list=127.0.0.1"]
         command += ["--window-size=1040,560", f"--screenshot={picture.resolve()}", url]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=server.patience, check=False
-        )
-    server.shutdown()
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=server.patience + 30, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"the page did not finish in {server.patience:.0f} s") from None
+        finally:
+            server.shutdown()
     if server.result is None:
         raise RuntimeError(f"the page gave no result: {done.stderr[-500:]}")
     return server.result
@@ -154,9 +162,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     port = 0 if args.photograph else args.port
-    server = PageServer(args.dense, args.compressed, args.modules, port)
+    try:
+        server = PageServer(args.dense, args.compressed, args.modules, port)
+    except OSError as error:
+        sys.exit(f"port {port}: {error.strerror}; give another --port")
     if args.photograph:
-        found = photograph(server, args.photograph, args.question, args.tokens, args.threads)
+        try:
+            found = photograph(server, args.photograph, args.question, args.tokens, args.threads)
+        except RuntimeError as error:
+            sys.exit(str(error))
         print(json.dumps(found, indent=1))
         sys.exit("error" in found)
     print(f"http://127.0.0.1:{server.server_address[1]}/")
