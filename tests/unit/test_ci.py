@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -149,14 +150,34 @@ def test_action_passes_inputs_by_environment_only() -> None:
     action = yaml.safe_load((CI / "action.yml").read_text())
     assert action["runs"]["using"] == "composite"
     scripts = [step["run"] for step in action["runs"]["steps"] if "run" in step]
-    assert len(scripts) == 2 and not any("${{" in script for script in scripts)
+    assert len(scripts) == 3 and not any("${{" in script for script in scripts)
     for step in action["runs"]["steps"]:
         if "run" in step:
             assert step["shell"] == "bash"
     steps = {step.get("id") for step in action["runs"]["steps"]}
     used = re.findall(r"steps\.(\w+)\.outputs\.([\w-]+)", (CI / "action.yml").read_text())
-    written = set(re.findall(r'echo "([\w-]+)=', (CI / "run.sh").read_text()))
+    said = "\n".join([(CI / "run.sh").read_text(), *scripts])
+    written = set(re.findall(r'echo "([\w-]+)=', said))
     assert used and all(step in steps and name in written for step, name in used)
+
+
+def test_the_cache_of_the_action_is_for_this_runtime(tmp_path: Path) -> None:
+    """Its key is that of the patches and pins: `hashFiles` would see the user's workspace only."""
+    action = yaml.safe_load((CI / "action.yml").read_text())
+    script = next(s["run"] for s in action["runs"]["steps"] if s.get("id") == "key")
+    for name in ("constraints.txt", "pyproject.toml", "tools/llama_cpp"):
+        here = tmp_path / "root" / name
+        here.parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+        copy(ROOT / name, here)
+    keys = []
+    for patch in ("", "", "+ another line"):
+        with (tmp_path / "root" / "tools/llama_cpp/low-rank.patch").open("a") as file:
+            file.write(patch)
+        (tmp_path / "outputs").unlink(missing_ok=True)
+        assert run_step(tmp_path, script, ROOT=str(tmp_path / "root")).returncode == 0
+        keys.append(outputs(tmp_path)["key"])
+    assert keys[0] == keys[1] != keys[2] and re.fullmatch("[0-9a-f]{40}", keys[0])
 
 
 def test_run_step_of_the_action_calls_the_script(tmp_path: Path) -> None:
