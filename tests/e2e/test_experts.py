@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_pipeline import RECIPE, SIZES, svdexport
+from tests.e2e.test_pipeline import RECIPE, SIZES, UNTIMED, svdexport
 from tests.unit.gguf_models import make_model
 from tests.unit.test_gguf_architectures import MODELS
 
@@ -26,7 +26,7 @@ def test_a_mixture_passes_the_whole_run(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE[:start] + EXPORTS + RECIPE[end + len("evaluate:") :])
     more = ["--set", "compress.stream=never", "--set", "quantize.algorithm=gptq"]
-    found = svdexport("run", recipe, "--out", tmp_path / "done", "--quiet", *more)
+    found = svdexport("run", recipe, "--out", tmp_path / "done", *UNTIMED, *more)
     kept = [artifact for artifact in found["artifacts"] if artifact["kept"]]
     assert {a["path"] for a in kept} == {"model-F32.gguf", "model-Q4_0.gguf", "onnx-fp32"}
     for artifact in kept:

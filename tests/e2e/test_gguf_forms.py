@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.e2e.test_pipeline import RECIPE, SIZES, svdexport
+from tests.e2e.test_pipeline import RECIPE, SIZES, UNTIMED, svdexport
 from tests.unit.gguf_models import make_model
 
 EXPORTS = """\
@@ -22,7 +22,7 @@ def test_forms_and_types_pass_the_whole_run(tmp_path: Path) -> None:
     start, end = RECIPE.index("export:"), RECIPE.index("evaluate:")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE[:start] + EXPORTS + RECIPE[end + len("evaluate:") :])
-    found = svdexport("run", recipe, "--out", tmp_path / "done", "--quiet")
+    found = svdexport("run", recipe, "--out", tmp_path / "done", *UNTIMED)
     kept = {a["path"]: a for a in found["artifacts"] if a["kept"]}
     stock, lora, fitted, mixed = (
         "model-F32-stock",

@@ -102,7 +102,10 @@ def test_row_25_a_resume_repeats_only_what_is_not_finished(tmp_path: Path) -> No
         toy_run(out, "one", pause=0.01)
         os._exit(0)
     marker = tmp_path / ".out.work" / "stages" / "2.json"
+    end = time.monotonic() + 60
     while not marker.exists():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended before its third stage"
+        assert time.monotonic() < end
         time.sleep(0.005)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -140,7 +140,7 @@ def test_nothing_is_overwritten_and_wrong_targets_are_named(tmp_path: Path) -> N
         api.init(model, "phone", out)
     with pytest.raises(RecipeError, match="laptop, phone, browser, server"):
         api.init(model, "toaster", tmp_path / "other.yaml")  # type: ignore[arg-type]
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="nothing: no such folder"):
         api.init(tmp_path / "nothing", "phone", tmp_path / "other.yaml")
     assert not (tmp_path / "other.yaml").exists()
 

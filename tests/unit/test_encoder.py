@@ -23,7 +23,7 @@ from svdexport.pipeline.stages import check_encoder
 from svdexport.recipe import Recipe
 from svdexport.runtimes import open_runtime
 from svdexport.runtimes.encoder_rt import EncoderRuntime
-from svdexport.runtimes.sentence import pooling_of
+from svdexport.runtimes.sentence import SentenceEncoder, pooling_of
 from svdexport.runtimes.torch_rt import TorchRuntime
 from svdexport.verify import embeddings
 from tests.unit.test_export_onnx import dequantised, relative, run_export, set_accuracy_level
@@ -75,11 +75,45 @@ def test_structure_and_calibration(tmp_path: Path) -> None:
     assert torch.allclose(moment, flat.T @ flat, rtol=1e-4, atol=1e-4 * float(moment.abs().max()))
 
 
+def ask_for(folder: Path, pooling: str) -> None:
+    """The pooling of a folder, as sentence-transformers writes it."""
+    keys = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
+    (folder / "1_Pooling").mkdir()
+    settings = {key: name == pooling for name, key in keys.items()}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+
+
+def slow_embeddings(hidden: np.ndarray, mask: np.ndarray, pooling: str) -> np.ndarray:
+    """Of hidden states (texts, T, width), text by text, over length 1."""
+    kept = [rows[seen == 1] for rows, seen in zip(hidden, mask, strict=True)]
+    pooled = np.stack([rows[0] if pooling == "cls" else rows.mean(axis=0) for rows in kept])
+    found: np.ndarray = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+    return found
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_sentence_encoder_pools_as_its_folder_asks(pooling: str, tmp_path: Path) -> None:
+    model = make_encoder(tmp_path)
+    ask_for(tmp_path, pooling)
+    assert pooling_of(tmp_path) == pooling
+    tokens = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9) < torch.tensor([[9], [2], [5]])).long()
+    with torch.no_grad():
+        hidden, found = SentenceEncoder(model, pooling_of(tmp_path))(tokens, mask)
+        plain = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+    assert torch.equal(hidden, plain)
+    expected = slow_embeddings(plain.double().numpy(), mask.numpy(), pooling)
+    assert np.abs(found.numpy() - expected).max() < 1e-6
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_embeddings_are_those_of_the_formula(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "pooling"), [("fp32", "mean"), ("fp32", "cls"), ("int8", "mean")]
+)
+def test_embeddings_are_those_of_the_formula(precision: str, pooling: str, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "onnx"
     model = make_encoder(source)
+    ask_for(source, pooling)
     checkpoint = compress(source, tmp_path / "low", GROUPS)
     exported = run_export(source, checkpoint, out, precision)
     assert check_round_trip(out, exported.tensors) == []
@@ -97,8 +131,7 @@ def test_embeddings_are_those_of_the_formula(precision: str, tmp_path: Path) -> 
             .last_hidden_state.double()
             .numpy()
         )
-    pooled = np.stack([hidden[i, : mask[i].sum()].mean(axis=0) for i in range(4)])
-    pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
+    pooled = slow_embeddings(hidden, mask, pooling)
     runtime = open_runtime(out, threads=1, context=64)
     assert isinstance(runtime, EncoderRuntime)
     found = runtime.embed(tokens, mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,11 @@ LOGITS = (3 * RNG.standard_normal((24, 9000))).astype(np.float32)
 TOKENS = RNG.integers(0, 9000, 24)
 
 
+def without_numbers(problems: tuple[str, ...]) -> list[str]:
+    """Kept are those of a part of the vocabulary: figures a little off, and the same lines."""
+    return [re.sub(r"\d+(\.\d+)?", "#", line) for line in problems]
+
+
 @pytest.mark.parametrize("noise", [1e-3, 3e-2, 0.3])
 def test_kept_part_gives_the_whole_difference(noise: float, tmp_path: Path) -> None:
     other = LOGITS + noise * RNG.standard_normal(LOGITS.shape).astype(np.float32)
@@ -26,8 +32,8 @@ def test_kept_part_gives_the_whole_difference(noise: float, tmp_path: Path) -> N
     assert set(LOGITS.argmax(axis=1)) <= set(kept.columns.tolist())
     part = evidence.repeat(kept, other, FLOAT16)
     assert part.relative == pytest.approx(whole.relative, rel=0.1)
-    assert part.problems == whole.problems or noise == 0.3
-    assert bool(part.problems) == bool(whole.problems)
+    assert without_numbers(part.problems) == without_numbers(whole.problems)
+    assert bool(part.problems) == (noise == 0.3)
 
 
 def test_limits_follow_the_rounded_logits_that_were_kept(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -368,3 +370,60 @@ def test_a_foreign_file_cannot_be_read_back(tmp_path: Path) -> None:
     (out / MODEL_FILE).write_bytes(model.SerializeToString())
     with pytest.raises(ArtifactError, match="not written by svdexport"):
         list(read_back(out, checkpoint, source, None, tmp_path))
+
+
+def rewritten(out: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    """Both graphs of a folder, changed alike."""
+    for file in (MODEL_FILE, LAST_FILE):
+        model = onnx.load(str(out / file), load_external_data=False)
+        change(model)
+        (out / file).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def set_ir(model: onnx.ModelProto, version: int) -> None:
+    model.ir_version = version
+
+
+def set_opset(model: onnx.ModelProto, domain: str, version: int) -> None:
+    (entry,) = (entry for entry in model.opset_import if entry.domain == domain)
+    entry.version = version
+
+
+def test_whatever_a_folder_holds_otherwise_is_told(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "onnx"
+    make_model(source, "llama-bias")
+    meant = dict(run_export(source, Checkpoint.open(source), out, "int8").tensors)
+    rewritten(out, lambda model: None)
+    assert check_round_trip(out, meant) == []
+    name = sorted(meant)[len(meant) // 2]
+    record = meant[name]
+    assert check_round_trip(out, meant | {"more": record}) == ["more: missing"]
+    less = {key: value for key, value in meant.items() if key != name}
+    assert check_round_trip(out, less) == [f"{name}: not meant"]
+    for key, other in {"shape": (1, 2), "type": "BOOL", "nbytes": 3, "sha256": "0" * 64}.items():
+        changed = meant | {name: dataclasses.replace(record, **{key: other})}
+        expected = f"{name}: {key} is {getattr(record, key)}, meant {other}"
+        assert check_round_trip(out, changed) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda model: set_ir(model, 14), "IR version 14 is above 13"),
+        (lambda model: set_opset(model, "", 27), "opset 27 is above 26"),
+        (lambda model: set_opset(model, "com.microsoft", 27), None),
+        (lambda model: model.graph.initializer.pop(), "{}: missing"),
+        (lambda model: model.graph.initializer.add(name="more", data_type=1), "more: not meant"),
+    ],
+    ids=["ir", "opset", "domain", "missing", "more"],
+)
+def test_a_graph_of_another_kind_is_told(
+    tmp_path: Path, change: Callable[[onnx.ModelProto], None], problem: str | None
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "onnx"
+    make_model(source, "llama")
+    meant = run_export(source, Checkpoint.open(source), out, "fp32").tensors
+    last = onnx.load(str(out / MODEL_FILE), load_external_data=False).graph.initializer[-1].name
+    rewritten(out, change)
+    expected = [] if problem is None else [problem.format(last)]
+    assert check_round_trip(out, meant) == expected

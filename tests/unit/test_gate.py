@@ -8,6 +8,7 @@ import pytest
 
 from svdexport.core.measures import (
     ArtifactSpeed,
+    Embeddings,
     GateResult,
     Measured,
     Parity,
@@ -172,6 +173,66 @@ def test_one_window_is_judged_by_its_figure_and_says_so() -> None:
     assert verdict.exit_code == EXIT_OK
     assert named(results, "max_perplexity_ratio").value == 1.3
     assert named(results, "max_perplexity_ratio").detail == "one window: no interval"
+
+
+def embedded() -> Measured:
+    found = Embeddings(
+        mean_cosine=0.96,
+        low_cosine=0.9,
+        rank_correlation=0.92,
+        texts=40,
+        tokens=900,
+        spreads={
+            "mean_cosine": Spread(0.01, 0.94, 0.98),
+            "low_cosine": Spread(0.02, 0.85, 0.93),
+            "rank_correlation": Spread(0.02, 0.88, 0.95),
+        },
+    )
+    return Measured("e", 900, embeddings=found)
+
+
+@pytest.mark.parametrize(
+    ("change", "failed"),
+    [
+        ({}, []),
+        ({"min_cosine": 0.95}, ["min_cosine"]),
+        ({"min_rank_correlation": 0.9}, ["min_rank_correlation"]),
+        (
+            {"min_cosine": 0.97, "min_rank_correlation": 0.93},
+            ["min_cosine", "min_rank_correlation"],
+        ),
+    ],
+)
+def test_gates_of_embeddings_take_the_low_end(change: dict[str, float], failed: list[str]) -> None:
+    """The first two limits would pass at the figure itself."""
+    gates = Gates(**{"min_cosine": 0.94, "min_rank_correlation": 0.88} | change)
+    results, verdict = gate.judge(gates, [embedded()])
+    assert {r.name: r.value for r in results} == {
+        "min_cosine": 0.94,
+        "min_rank_correlation": 0.88,
+    }
+    assert {r.kind for r in results} == {"quality"}
+    assert [r.name for r in results if not r.passed] == failed
+    assert verdict.exit_code == (EXIT_QUALITY if failed else EXIT_OK)
+    assert [reason.split()[1] for reason in verdict.reasons] == failed
+
+
+def test_embeddings_that_were_not_measured_have_not_passed() -> None:
+    """None at all; and a rank correlation of fewer texts than it takes."""
+    gates = Gates(min_cosine=0.5, min_rank_correlation=0.5)
+    _, verdict = gate.judge(gates, [Measured("e", 900)])
+    assert verdict.exit_code == EXIT_QUALITY
+    assert verdict.reasons == (
+        "e: min_cosine: was not measured",
+        "e: min_rank_correlation: was not measured",
+    )
+    one = embedded()
+    assert one.embeddings is not None
+    few = dataclasses.replace(one.embeddings, rank_correlation=None, spreads={})
+    results, verdict = gate.judge(gates, [dataclasses.replace(one, embeddings=few)])
+    assert verdict.exit_code == EXIT_QUALITY
+    assert verdict.reasons == ("e: min_rank_correlation: was not measured",)
+    assert (named(results, "min_cosine").value, named(results, "min_cosine").passed) == (0.96, True)
 
 
 def test_broken_file_comes_before_everything() -> None:

@@ -25,6 +25,7 @@ from tests.unit.gguf_models import (
     torch_logits,
     work_of,
 )
+from tests.unit.test_gguf_export import pair_names
 
 TOKENS = np.random.default_rng(0).integers(3, 259, 40)
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}
@@ -94,7 +95,9 @@ def test_pairs_compute_what_torch_computes(name: str, tmp_path: Path) -> None:
     use_half_gelu(reference)
     assert_close(made.path, torch_logits(reference, TOKENS))
     opened = Checkpoint.open(checkpoint)
-    for key, values in gguf.read_back(made.path, opened, source, None, work_of(source)):
+    found = dict(gguf.read_back(made.path, opened, source, None, work_of(source)))
+    assert pair_names(opened) <= set(found)
+    for key, values in found.items():
         assert np.array_equal(values, opened.tensor(key).numpy()), key
 
 
@@ -125,7 +128,9 @@ def test_experts_are_stacked_pairs(tmp_path: Path) -> None:
     assert made.tensors["blk.0.ffn_gate_exps.lr_b.weight"].shape == (32, 96, 4)
     assert_close(made.path, torch_logits(load(twin), TOKENS))
     opened = Checkpoint.open(checkpoint)
-    for key, values in gguf.read_back(made.path, opened, source, None, work_of(source)):
+    found = dict(gguf.read_back(made.path, opened, source, None, work_of(source)))
+    assert pair_names(opened) <= set(found)
+    for key, values in found.items():
         assert np.array_equal(values, opened.tensor(key).numpy()), key
 
 

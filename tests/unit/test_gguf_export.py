@@ -77,6 +77,12 @@ def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-
     assert (found.argmax(1) == expected.argmax(1)).all()
 
 
+def pair_names(checkpoint: Checkpoint) -> set[str]:
+    """Names of the tensors that hold a checkpoint's pairs."""
+    second = {f"{linear}.lr_b.weight" for linear in checkpoint.low_rank}
+    return second | {f"{leader}.lr_a.weight" for leader in checkpoint.groups}
+
+
 @needs_pairs
 @pytest.mark.parametrize("group", [True, False])
 @pytest.mark.parametrize("name", MODELS)
@@ -114,7 +120,9 @@ def test_pairs_apart_share_their_a(
     assert_close(runtime.logits(TOKENS), torch_logits(reference, TOKENS))
     runtime.close()
     opened = Checkpoint.open(checkpoint)
-    for key, values in gguf.read_back(made.path, opened, source, None, work_of(source)):
+    found = dict(gguf.read_back(made.path, opened, source, None, work_of(source)))
+    assert set(found) == {name for name in opened.names() if not name.endswith(".bias")}
+    for key, values in found.items():
         assert np.array_equal(values, opened.tensor(key).numpy()), key
 
 
@@ -197,7 +205,9 @@ def test_sixteen_bit_sources_are_held_exactly(dtype: torch.dtype, tmp_path: Path
     checkpoint, _ = compress(source, tmp_path / "small", rank=24, only="mlp")
     made = export(checkpoint, source, tmp_path / "out.gguf", type="F32")
     opened = Checkpoint.open(checkpoint)
-    for name, values in gguf.read_back(made.path, opened, source, None, work_of(source)):
+    found = dict(gguf.read_back(made.path, opened, source, None, work_of(source)))
+    assert set(found) == set(opened.names())
+    for name, values in found.items():
         assert np.array_equal(values, opened.tensor(name).float().numpy()), name
 
 

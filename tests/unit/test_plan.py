@@ -132,12 +132,11 @@ def test_bytes_are_those_of_the_exported_tensors(place: Path, tmp_path: Path, sp
     assert any(choice.rank for choice in chosen.values())
     checkpoint = Checkpoint.open(place / ".out.work" / "checkpoint")
     (entry,) = api.plan(recipe_of(place, exporting(spec))[0])["exports"]
+    (place / "work").mkdir(exist_ok=True)  # of all: the model is converted to GGUF once
     for name, source in (("pairs", checkpoint), ("dense", Checkpoint.open(place / "model"))):
-        (tmp_path / f"{name}-work").mkdir()
         suffix = ".gguf" if spec.format == "gguf" else ""
         request = ExportRequest(
-            source, place / "model", None, tmp_path / f"{name}-out{suffix}",
-            tmp_path / f"{name}-work", spec,
+            source, place / "model", None, tmp_path / f"{name}-out{suffix}", place / "work", spec,
         )  # fmt: skip
         made = exporter(spec.format).export(request)
         written = sum(record.nbytes for record in made.tensors.values())
@@ -316,7 +315,7 @@ def test_positions_of_encoders(kind: str, most: int, tmp_path: Path) -> None:
     assert positions(check_model_folder(tmp_path)) == most
     model = AutoModel.from_pretrained(tmp_path)
     assert model(torch.full((1, most), 5)).last_hidden_state.shape[1] == most
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)|must match"):
         model(torch.full((1, most + 1), 5))
 
 

@@ -52,8 +52,9 @@ def test_windows_are_consecutive_without_overlap() -> None:
     assert len(quality.windows(range(20), 8, 30)) == 2
     with pytest.raises(InputError, match="7 tokens"):
         quality.windows(range(7), 8, 1)
-    with pytest.raises(InputError):
-        quality.windows(range(7), 1, 1)
+    for context, count in ((1, 1), (2, 0)):
+        with pytest.raises(InputError, match=rf"context {context} and windows {count}: need at"):
+            quality.windows(range(7), context, count)
 
 
 def test_figures_equal_the_slow_formulas(

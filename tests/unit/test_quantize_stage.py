@@ -14,6 +14,7 @@ from svdexport import api
 from svdexport.checkpoint import Checkpoint
 from svdexport.core.grids_gguf import GRIDS
 from svdexport.core.grids_onnx import NBitsGrid, PackedNBits, dequantize, unpack
+from svdexport.errors import RecipeError
 from svdexport.export import exporter
 from svdexport.models.loader import load_model
 from svdexport.packed import PackedFolder
@@ -241,5 +242,5 @@ def test_a_budget_belongs_to_compression(tmp_path: Path) -> None:
         path.write_text(
             RECIPE.format(compress=compress, algorithm="gptq", exports="{format: gguf}")
         )
-        with pytest.raises(Exception, match=word):
+        with pytest.raises(RecipeError, match=word):
             load_recipe(path)

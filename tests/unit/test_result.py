@@ -60,7 +60,7 @@ def test_non_finite_figure_is_not_written() -> None:
     broken = dataclasses.replace(
         artifact, quality=dataclasses.replace(artifact.quality, perplexity=float("nan"))
     )
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
         rr.to_json(dataclasses.replace(result, artifacts=(broken,)))
 
 

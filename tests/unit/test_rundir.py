@@ -145,8 +145,21 @@ def test_a_swap_that_was_killed_halfway_is_undone(tmp_path: Path) -> None:
         assert (out / "model.gguf").read_text() == "old"
 
 
-@pytest.mark.parametrize("place", ["same", "inside", "around", "file", "link", "foreign", "extra"])
-def test_an_output_place_that_holds_something_else_is_refused(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("same", "the output is the input itself"),
+        ("inside", "the output lies inside the input"),
+        ("around", "the output would replace the input"),
+        ("file", "the output is an existing file"),
+        ("link", "the output is a symbolic link"),
+        ("foreign", "not empty and not an earlier output of svdexport"),
+        ("extra", "thesis.txt is not part of the earlier output there"),
+    ],
+)
+def test_an_output_place_that_holds_something_else_is_refused(
+    tmp_path: Path, place: str, words: str
+) -> None:
     model = tmp_path / "models" / "m"
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
@@ -169,6 +182,7 @@ def test_an_output_place_that_holds_something_else_is_refused(tmp_path: Path, pl
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(RecipeError) as caught:
         check_out(out, [model])
+    assert str(caught.value).startswith(f"{out}: {words}")
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
 

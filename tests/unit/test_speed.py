@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from numpy.typing import NDArray
 
 from svdexport.core.machine import usable_cores
 from svdexport.core.measures import Measured, Sample, SpeedSettings, Speedup
-from svdexport.errors import EXIT_NOISY, EXIT_SPEED, RecipeError
+from svdexport.errors import EXIT_NOISY, EXIT_OK, EXIT_SPEED, RecipeError
 from svdexport.recipe import Gates
 from svdexport.runtimes.base import Runtime
 from svdexport.verify import bootstrap, noise, speed
@@ -56,6 +56,23 @@ def pair_of_runtimes(folder: Path, threads: int, width: int = 256) -> list[Small
     return [dense, low]
 
 
+def samples_of(
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: Callable[[SmallRuntime, str, int], float],
+    disturbed: Callable[[int], bool] = lambda number: False,
+) -> None:
+    """Samples that take no time: seconds by runtime, metric and number of the sample, and whether
+    something disturbed it."""
+    numbers = itertools.count()
+
+    def sample(runtime: SmallRuntime, metric: speed._Metric, threads: int, part: int) -> Sample:
+        number = next(numbers)
+        took, bad = seconds(runtime, metric.name, number), disturbed(number)
+        return Sample(took, took, took, 0.0, 0.0, 0.0, 0, bad, "x" * bad, part)
+
+    monkeypatch.setattr(speed, "_sample", sample)
+
+
 @pytest.mark.slow
 def test_busy_loop_on_each_core_is_inconclusive(tmp_path: Path) -> None:
     runtimes = pair_of_runtimes(tmp_path, usable_cores())
@@ -88,27 +105,51 @@ def test_idle_machine_is_not_called_noisy(tmp_path: Path) -> None:
     assert candidate.prefill_speedup.low > 1.0
 
 
-@pytest.mark.slow
-def test_a_pair_past_break_even_is_slower_and_fails_with_5(tmp_path: Path) -> None:
-    """Of full rank: twice the work."""
-    for attempt in range(3):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        sizes = {"width": 512, "layers": 6, "threads": 1}
-        dense = SmallRuntime(folder / "dense", **sizes)
-        pair = SmallRuntime(folder / "pair", rank=512, **sizes)
-        wait_until_idle()
-        report = speed.measure([dense, pair], dataclasses.replace(SETTINGS, prefill=(256,)))
-        if report.verdict == "slower":
-            break
-    assert report.verdict == "slower", report.artifacts[1]
-    measured = Measured("pair", 1, speed=report.artifacts[1])
-    _, verdict = judge(Gates(min_prefill_speedup=1.0), [measured])
-    assert verdict.exit_code == EXIT_SPEED
+@pytest.mark.parametrize(
+    ("times", "noisy", "word", "code"),
+    [
+        (2.0, False, "slower", EXIT_SPEED),
+        (0.5, False, "ok", EXIT_OK),
+        (1.0, False, "ok", EXIT_OK),
+        (0.5, True, "inconclusive", EXIT_NOISY),
+        (2.0, True, "inconclusive", EXIT_NOISY),
+    ],
+)
+def test_the_verdict_follows_the_samples(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    times: float,
+    noisy: bool,
+    word: str,
+    code: int,
+) -> None:
+    """A second file that takes so many times as long as the first one."""
+    dense, other = pair_of_runtimes(tmp_path, 1, width=8)
+    samples_of(
+        monkeypatch,
+        lambda runtime, *_: times if runtime is other else 1.0,
+        lambda number: noisy and number % 6 > 1,  # two rounds of three
+    )
+    report = speed.measure([dense, other], SETTINGS)
+    assert report.verdict == report.artifacts[1].verdict == word
+    assert all(len(timing.samples) >= speed.MIN_ROUNDS for timing in report.artifacts[1].timings)
+    speedups = (report.artifacts[1].prefill_speedup, report.artifacts[1].decode_speedup)
+    assert speedups == (Speedup(1 / times, 1 / times, 1 / times),) * 2
+    gates = Gates(min_prefill_speedup=1.0, min_decode_speedup=1.0)
+    _, verdict = judge(gates, [Measured("other", 1, speed=report.artifacts[1])])
+    assert verdict.exit_code == code
 
 
-def test_report_keeps_raw_samples_and_the_keys_of_bench(tmp_path: Path) -> None:
-    report = speed.measure(pair_of_runtimes(tmp_path, 1), SETTINGS)
+def test_report_keeps_raw_samples_and_the_keys_of_bench(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtimes = pair_of_runtimes(tmp_path, 1, width=8)
+    samples_of(
+        monkeypatch,
+        lambda runtime, _, number: (1 + 0.01 * (number % 5)) / (1 + runtimes.index(runtime)),
+        lambda number: number % 7 == 3,
+    )
+    report = speed.measure(runtimes, SETTINGS)
     base, candidate = report.artifacts
     assert base.prefill_speedup is None and base.verdict is None and base.baseline is None
     assert candidate.baseline == base.path and candidate.bytes == 5
@@ -116,11 +157,11 @@ def test_report_keeps_raw_samples_and_the_keys_of_bench(tmp_path: Path) -> None:
     assert set(data["prefill_speedup"]) == {"median", "low", "high"}
     for timing_a, timing_b in zip(base.timings, candidate.timings, strict=True):
         assert 3 <= len(timing_a.samples) == len(timing_b.samples) <= 6 * SETTINGS.rounds
-        assert all(s.seconds > 0 and s.span >= s.seconds for s in timing_b.samples)
         marked = [s.disturbed for s in timing_b.samples]
+        assert timing_b.disturbed_rounds == sum(marked) > 0
         assert [s.disturbed for s in timing_a.samples] == marked
         used = [i for i, bad in enumerate(marked) if not bad]
-        used = used if len(used) >= 2 else list(range(len(marked)))
+        assert 2 <= len(used) < len(marked)
         ratios = [timing_a.samples[i].seconds / timing_b.samples[i].seconds for i in used]
         assert timing_b.speedup is not None
         assert timing_b.speedup.median == pytest.approx(np.median(ratios))
@@ -129,9 +170,18 @@ def test_report_keeps_raw_samples_and_the_keys_of_bench(tmp_path: Path) -> None:
 
 
 def test_short_calls_are_repeated_until_a_sample_can_be_judged(tmp_path: Path) -> None:
-    report = speed.measure(pair_of_runtimes(tmp_path, 1, width=16), SETTINGS)
-    spans = [s.span for t in report.artifacts[0].timings for s in t.samples]
-    assert min(spans) >= speed.MIN_SAMPLE_SECONDS
+    took: list[float] = []
+
+    def call(runtime: Runtime) -> float:
+        took.append(runtime.prefill(np.arange(8)))
+        return took[-1]
+
+    runtime = SmallRuntime(tmp_path / "small", width=16)
+    sample = speed._sample(runtime, speed._Metric("prefill_8", 8, call), 1, 3)
+    assert len(took) > 1
+    assert sample.span >= max(speed.MIN_SAMPLE_SECONDS, sum(took))
+    assert sample.seconds == pytest.approx(np.mean(took))
+    assert sample.part == 3
 
 
 @pytest.mark.parametrize(
@@ -165,6 +215,9 @@ def test_too_few_rounds_give_figures_and_no_verdict(tmp_path: Path) -> None:
     )
     assert report.verdict == "inconclusive" and "too few" in report.notes[0]
     assert report.artifacts[1].decode_tps > 0
+    for sample in (s for a in report.artifacts for t in a.timings for s in t.samples):
+        assert sample.span >= max(sample.seconds, speed.MIN_SAMPLE_SECONDS) > 0
+        assert sample.seconds > 0
     assert speed.judge(Speedup(1.5, 1.4, 1.6), 0, 8) == "inconclusive"
 
 
@@ -208,21 +261,21 @@ def test_when_rounds_end(pattern: str, seconds: float, enough: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "words"),
     [
-        {"rounds": 0},
-        {"threads": 0},
-        {"prefill": ()},
-        {"prefill": (0,)},
-        {"decode": -1},
-        {"threads": 2},
+        ({"rounds": 0}, "rounds and prefill lengths must be 1 or more"),
+        ({"threads": 0}, "rounds and prefill lengths must be 1 or more"),
+        ({"prefill": ()}, "rounds and prefill lengths must be 1 or more"),
+        ({"prefill": (64, 0)}, "rounds and prefill lengths must be 1 or more"),
+        ({"decode": -1}, "must be 1 or more, decode 0"),
+        ({"threads": 2}, "dense: opened with 1 threads, to be measured with 2"),
     ],
 )
 def test_settings_that_cannot_give_a_verdict_are_refused(
-    tmp_path: Path, change: dict[str, object]
+    tmp_path: Path, change: dict[str, object], words: str
 ) -> None:
     runtimes = pair_of_runtimes(tmp_path, 1, width=8)
-    with pytest.raises(RecipeError):
+    with pytest.raises(RecipeError, match=words):
         speed.measure(runtimes, dataclasses.replace(SETTINGS, **change))  # type: ignore[arg-type]
 
 
@@ -238,18 +291,28 @@ def test_bootstrap_equals_the_plain_loop() -> None:
     assert got == bootstrap.median_interval(values, 7)
 
 
-def test_rounds_come_in_parts_and_files_are_loaded_anew_for_each(tmp_path: Path) -> None:
-    runtimes = pair_of_runtimes(tmp_path, 1, width=16)
+def test_rounds_come_in_parts_and_files_are_loaded_anew_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtimes = pair_of_runtimes(tmp_path, 1, width=8)
+    samples_of(monkeypatch, lambda *_: 1.0)
     report = speed.measure(runtimes, dataclasses.replace(SETTINGS, rounds=10))
-    timings = report.artifacts[1].timings
-    hopeless = all(timing.disturbed_rounds == len(timing.samples) for timing in timings)
-    least = speed.HOPELESS // 2 - 1 if hopeless else speed.PARTS - 1
-    assert runtimes[0].reloads == runtimes[1].reloads >= least
+    assert runtimes[0].reloads == runtimes[1].reloads == speed.PARTS - 1
     for timing in report.artifacts[1].timings:
-        parts = [sample.part for sample in timing.samples if not sample.disturbed]
-        assert parts == sorted(parts)
-        if not timing.disturbed_rounds:
-            assert [parts.count(part) for part in range(speed.PARTS)] == [2] * 5
+        parts = [sample.part for sample in timing.samples]
+        assert parts == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_rounds_that_are_all_disturbed_end_before_all_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtimes = pair_of_runtimes(tmp_path, 1, width=8)
+    samples_of(monkeypatch, lambda *_: 1.0, lambda number: True)
+    report = speed.measure(runtimes, dataclasses.replace(SETTINGS, rounds=10))
+    for timing in report.artifacts[1].timings:
+        assert timing.disturbed_rounds == len(timing.samples) == speed.HOPELESS
+        assert [sample.part for sample in timing.samples] == [0, 0, 1, 1, 2, 2]
+    assert runtimes[0].reloads == runtimes[1].reloads == 2
 
 
 def rounds_of(ratios: list[list[float]], disturbed: int = 0) -> list[list[Sample]]:
@@ -280,24 +343,26 @@ def test_a_wide_interval_asks_for_another_part_and_a_narrow_one_does_not() -> No
     assert not speed._another_part(rounds_of([[1.2] * 2, [1.1] * 2, [1.0] * 2]), 3, 3, few)
 
 
-class Unsteady(SmallRuntime):
-    """One whose calls take a time that changes with every load."""
+def test_parts_are_added_while_the_interval_stays_wide_and_then_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of the second file take a time that changes with every load; its steps do not."""
+    dense, other = pair_of_runtimes(tmp_path, 1, width=8)
 
-    def prefill(self, tokens: NDArray[np.int64]) -> float:
-        return super().prefill(tokens) / 1.5 ** (self.reloads % 2)
+    def seconds(runtime: SmallRuntime, metric: str, number: int) -> float:
+        unsteady = runtime is other and metric == "prefill_64"
+        return 1.5 ** -(runtime.reloads % 2) if unsteady else 1.0
 
-
-def test_parts_are_added_while_the_interval_stays_wide_and_then_end(tmp_path: Path) -> None:
-    dense = SmallRuntime(tmp_path / "dense", width=16, layers=2, threads=1)
-    other = Unsteady(tmp_path / "other", width=16, layers=2, threads=1)
+    samples_of(monkeypatch, seconds)
     said: list[tuple[str, int, int]] = []
     report = speed.measure([dense, other], SETTINGS, lambda *step: said.append(step))
-    timing = report.artifacts[1].timings[0]
-    if timing.disturbed_rounds <= len(timing.samples) / 3:
-        assert {sample.part for sample in timing.samples} == set(range(speed.MAX_PARTS))
-        assert timing.verdict == "inconclusive"
-        assert ("prefill_64", 26, 27) in said
-    assert all(done <= planned for _, done, planned in said)
+    prefill, decode = report.artifacts[1].timings
+    assert [sample.part for sample in decode.samples] == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+    assert decode.verdict == "ok"
+    assert {sample.part for sample in prefill.samples} == set(range(speed.MAX_PARTS))
+    assert len(prefill.samples) == 27 and prefill.verdict == "inconclusive"
+    assert said[0] == ("prefill_64", 0, 9) and said[-1] == ("prefill_64", 26, 27)
+    assert all(done < planned for _, done, planned in said)
 
 
 def test_every_other_round_runs_backwards(tmp_path: Path) -> None:

@@ -226,13 +226,16 @@ def test_finished_blocks_are_kept(place: Path) -> None:
 
 
 def test_factors_of_other_inputs_are_not_kept(place: Path) -> None:
-    checkpoint_bytes(place, "a")
-    (place / ".a.work" / "stages" / "factors.json").unlink()
-    (place / ".a.work" / "factors" / "key").write_text("another")
-    first = place / ".a.work" / "factors" / "block_0000.safetensors"
+    made = checkpoint_bytes(place, "a")
+    work = place / ".a.work"
+    for stage in ("factors", "checkpoint"):
+        (work / "stages" / f"{stage}.json").unlink()
+    (work / "factors" / "key").write_text("another")
+    first = work / "factors" / "block_0000.safetensors"
+    expected = first.read_bytes()
     first.write_bytes(b"old")
-    checkpoint_bytes(place, "a")
-    assert first.stat().st_size > 3
+    assert checkpoint_bytes(place, "a") == made
+    assert first.read_bytes() == expected
 
 
 def test_a_streamed_model_does_not_write_the_text_itself(place: Path) -> None:
