@@ -81,6 +81,25 @@ def test_greedy_is_near_the_best_of_all_choices(seed: int) -> None:
     assert found - best <= 0.03 * total
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_no_next_rank_that_gains_would_still_fit(seed: int) -> None:
+    items = candidates(seed, 5)
+    dense = sum(item.dense_params for item in items)
+    for ratio in np.linspace(0.4, 0.95, 12):
+        chosen = greedy.allocate(items, float(ratio), 8)
+        ranks = {name: c.rank for name, c in chosen.items()}
+        left = int(ratio * dense) - cost(items, ranks)
+        for item in items:
+            steps: list[int | None] = [*item.ranks(8), None]
+            at = steps.index(ranks[item.name])
+            if at + 1 == len(steps):
+                continue
+            more = {**ranks, item.name: steps[at + 1]}
+            gain = loss(items, ranks) - loss(items, more)
+            if gain > 1e-9 * loss(items, ranks):
+                assert cost(items, more) - cost(items, ranks) > left
+
+
 def test_greedy_with_too_small_a_budget_says_so() -> None:
     with pytest.raises(RecipeError, match="too small"):
         greedy.allocate(candidates(0), 0.05, 32)

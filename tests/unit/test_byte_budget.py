@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import gguf
@@ -22,7 +23,9 @@ from svdexport.core.lowrank import FactorPair
 from svdexport.core.noise import noise_model, relative_noise, share_left
 from svdexport.errors import RecipeError
 from svdexport.export.gguf_read import read_back
+from svdexport.models.blocks import InputGroup, Linear
 from svdexport.pipeline import vocabulary
+from svdexport.pipeline.byte_budget import _group_options, _matrix_options, _types_of
 from svdexport.pipeline.reporter import Reporter
 from svdexport.recipe import Quantize, load_recipe
 from tests.unit.gguf_models import DEMO_VOCABULARY, load, make_model
@@ -74,6 +77,19 @@ def test_choice_fits_and_is_near_the_best_of_all(seed: int) -> None:
         choose(options, smallest - 1)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_no_other_option_of_a_part_would_still_fit(seed: int) -> None:
+    options = random_options(seed)
+    smallest = sum(min(o.bytes for o in found) for found in options.values())
+    for extra in range(0, 400, 20):
+        chosen = choose(options, smallest + extra)
+        left = smallest + extra - sum(o.bytes for o in chosen.values())
+        for part, found in options.items():
+            here = chosen[part]
+            better = [o.bytes - here.bytes for o in found if o.loss < here.loss]
+            assert not better or min(better) > left
+
+
 def test_predicted_losses_are_those_of_the_quantiser() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 128, generator=generator)
@@ -123,6 +139,78 @@ def test_what_a_pair_beside_quantised_weights_leaves_is_predicted(rows: int, hug
             assert share <= float(left[rank]) + 0.02, name
             if name == "Q5_1":
                 assert float(left[rank]) == pytest.approx(share, rel=1e-3)
+
+
+SIZE_OF_BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144)}  # elements, bytes
+FOR_FACTORS = ("Q8_0", "Q4_0")  # of a pair beside a quantised matrix
+
+
+def held(name: str, row: int, rows: int) -> int:
+    """Bytes of a matrix in the file, whose tensors start at multiples of 32."""
+    elements, size = SIZE_OF_BLOCKS[name]
+    return math.ceil(row * rows * size / elements / 32) * 32
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize(("rows", "beside"), [((33, 31), (32,)), ((33, 70), (32, 64))])
+def test_options_have_the_bytes_and_losses_of_the_formulas(
+    rows: tuple[int, int], beside: tuple[int, ...], copies: int
+) -> None:
+    """Each form, rank and types of a group of two linears, and no others."""
+    n, count, ladder = 256, sum(rows), ["Q4_K", "Q4_0", "Q8_0"]
+    group = InputGroup(0, tuple(Linear(f"l{m}", m, n, False) for m in rows))
+    energies = torch.logspace(2, -2, count, dtype=torch.float64)
+    of_a = torch.linspace(3.0, 5.0, 64, dtype=torch.float64)  # ranks up to 64 were kept
+    of_b = torch.linspace(11.0, 17.0, 64, dtype=torch.float64)
+    left = torch.linspace(1.0, 0.0, count + 1, dtype=torch.float64).square()
+    dense = torch.tensor(7.0, dtype=torch.float64)
+    found = {"energies": energies, "noise.dense": dense, "noise.left": left}
+    found |= {"noise.a": of_a, "noise.b": of_b}
+    noise = {name: relative_noise(name) for name in ladder}
+
+    def pair_bytes(rank: int, a: str, b: str) -> int:
+        size = copies * (160 + held(a, n, rank))  # with what each takes in the header
+        return size + sum(160 + held(b, rank, m) for m in rows)
+
+    expected = {}
+    for kind in ladder:
+        size, loss = sum(held(kind, n, m) for m in rows), noise[kind] * 7.0
+        expected["dense", None, (kind,)] = (size, loss)
+        for rank, factor in itertools.product(beside, FOR_FACTORS):
+            share = float(left[rank])
+            share += 2 * noise[factor] * (1 - share)  # what the pair takes, its factors rounded
+            both = size + pair_bytes(rank, factor, factor)
+            expected["residual", rank, (kind, factor, factor)] = (both, loss * share)
+    for rank, a, b in itertools.product((32, 64), ladder, FOR_FACTORS):  # B's rows fill no K block
+        loss = float(energies[rank:].sum())
+        loss += noise[a] * float(of_a[rank - 1]) + noise[b] * float(of_b[rank - 1])
+        expected["pair", rank, (a, b)] = (pair_bytes(rank, a, b), loss)
+    made = {
+        (form, option.rank, option.types): (option.bytes, option.loss)
+        for form, options in _group_options(group, found, 32, ladder, copies)
+        for option in options
+    }
+    assert set(made) == set(expected)
+    for key, (size, loss) in expected.items():
+        assert made[key] == (size, pytest.approx(loss, rel=1e-9)), key
+
+
+def test_options_of_a_matrix_are_the_types_that_hold_its_rows() -> None:
+    made = _matrix_options(33, 96, 2.0, ["Q4_K", "Q4_0", "Q8_0"])  # rows of 96 fill no K block
+    assert {(o.rank, o.types, o.bytes) for o in made} == {
+        (None, (kind,), held(kind, 96, 33)) for kind in ("Q4_0", "Q8_0")
+    }
+    for option in made:
+        assert option.loss == pytest.approx(2.0 * relative_noise(option.types[0]))
+
+
+def test_every_tensor_of_an_option_gets_its_type() -> None:
+    group = InputGroup(0, (Linear("q", 8, 32, False), Linear("k", 8, 32, False)))
+    dense = {"q.weight": "Q4_K", "k.weight": "Q4_K"}
+    pair = {"q.lr_a.weight": "Q8_0", "q.lr_b.weight": "Q4_0", "k.lr_b.weight": "Q4_0"}
+    assert _types_of(group, Option(1, 1.0, None, ("Q4_K",))) == dense
+    assert _types_of(group, Option(1, 1.0, 32, ("Q8_0", "Q4_0"))) == pair
+    assert _types_of(group, Option(1, 1.0, 32, ("Q4_K", "Q8_0", "Q4_0"))) == dense | pair
 
 
 RESIDUAL = "BYTES, forms: [residual], types: [Q4_0, Q8_0]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,7 @@ from svdexport.core.gauge import balance
 from svdexport.errors import RecipeError, ResourceError
 from svdexport.files import resource_errors
 from svdexport.recipe import Distill
-from svdexport.refine import REFINERS, Refined, divergence, logits, training
+from svdexport.refine import REFINERS, Refined, RefineData, divergence, logits, training
 from svdexport.refine.divergence import divergence_of_hidden
 from svdexport.refine.pairs import pair_tensors, shared_products
 from svdexport.refine.text import TeacherStates, batch_of, split
@@ -37,6 +38,17 @@ def mean_divergence(student: torch.nn.Module, tokens: torch.Tensor) -> float:
     return float(total) / tokens.numel()
 
 
+def add_biases(given: RefineData) -> None:
+    """Biases of all linears in blocks, the same in the dense model and the student."""
+    generator = torch.Generator().manual_seed(9)
+    teacher = given.teacher().module
+    for name in itertools.chain(*given.groups.values()):
+        bias = torch.randn(len(teacher.get_submodule(name).weight), generator=generator)
+        for model in (teacher, given.student.module):
+            own = torch.nn.Parameter(0.1 * bias, requires_grad=False)
+            model.get_submodule(name).bias = own
+
+
 def test_the_balanced_gauge_keeps_the_product_and_makes_the_factors_alike() -> None:
     torch.manual_seed(0)
     a = torch.randn(5, 12, dtype=torch.float64) * torch.logspace(-6, 3, 5)[:, None]
@@ -51,7 +63,10 @@ def test_the_balanced_gauge_keeps_the_product_and_makes_the_factors_alike() -> N
     assert torch.allclose(again[0], new_a, atol=1e-9 * scale**0.5)
 
 
-def test_divergence_and_its_gradient_are_those_of_the_slow_formula() -> None:
+def test_divergence_and_its_gradient_are_those_of_the_slow_formula(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(divergence, "CACHED", 4)  # 14 positions: 4, 4, 4 and 2
     torch.manual_seed(1)
     student = torch.randn(2, 7, 33) * 4
     teacher = torch.randn(2, 7, 33) * 4
@@ -85,8 +100,11 @@ def test_in_pieces_it_is_the_same_as_at_once(
     )
 
 
-def test_a_group_computes_its_first_product_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_group_computes_its_first_product_once(biases: bool, tmp_path: Path) -> None:
     given = data(tmp_path)
+    if biases:
+        add_biases(given)
     module, tokens = given.student.module, given.tokens[:2]
     expected = module(tokens).logits
     calls = []

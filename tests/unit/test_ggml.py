@@ -64,11 +64,14 @@ def test_chunks_do_not_change_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None
     assert np.array_equal(quantize(values, "Q4_K"), whole)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e6])
-def test_values_that_f16_cannot_hold_are_refused(bad: float) -> None:
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [(np.nan, "NaN or Inf"), (np.inf, "NaN or Inf"), (-np.inf, "NaN or Inf"), (1e6, "past F16")],
+)
+def test_values_that_f16_cannot_hold_are_refused(bad: float, word: str) -> None:
     values = np.ones((2, 32), np.float32)
     values[1, 3] = bad
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=word):
         quantize(values, "F16")
 
 

@@ -13,7 +13,7 @@ from svdexport.core.gptq import (
     relative_error,
     round_to_nearest,
 )
-from svdexport.core.grids import Steps
+from svdexport.core.grids import Grid, Steps
 from svdexport.core.grids_gguf import GRIDS
 from svdexport.core.grids_onnx import NBitsGrid, dequantize
 from svdexport.core.grids_onnx import from_codes as nbits_from_codes
@@ -109,6 +109,24 @@ def test_sweeps_never_raise_the_damped_error() -> None:
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("grid", [GRIDS["Q4_0"], GRIDS["IQ4_NL"], NBitsGrid(4, 32, False)])
+def test_after_many_sweeps_no_change_of_one_code_lowers_the_damped_error(grid: Grid) -> None:
+    weight, moment = correlated(4, 160)  # more columns than a sweep takes at a time
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(160)
+    found = gptq(weight.double(), moment, grid, GptqConfig(0.01, sweeps=50))
+    steps = grid.steps(found.scales)
+    assert torch.equal(steps.values(found.codes), found.values)
+    at_code = [steps.values(torch.full_like(found.codes, code)) for code in range(16)]
+    for row in range(4):
+        rest = weight[row].double() - found.values[row].double()
+        error = float(rest @ damped @ rest)
+        for values in at_code:
+            changed = rest.repeat(160, 1)  # row k: the code of column k alone is another
+            changed.diagonal().copy_(weight[row].double() - values[row].double())
+            others = ((changed @ damped) * changed).sum(dim=1)
+            assert float(others.min()) >= error * (1 - 1e-5)
+
+
 def test_singular_moments_are_damped_and_the_damping_recorded() -> None:
     weight, _ = correlated(8, 64)
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -131,10 +149,37 @@ def test_a_pair_gains_from_b_knowing_the_rounded_a() -> None:
     assert relative_error(target, product, moment) < 0.5 * relative_error(
         target, plain[0] @ plain[1], moment
     )
-    alone = gptq(pair.b, pair.a.double() @ moment @ pair.a.double().T, grid, GptqConfig())
-    assert relative_error(target, product, moment) < relative_error(
-        target, alone.values @ first.values / pair.b.norm(dim=0).mean(), moment
-    )
+    # the same, but for a B that is not fitted again to the rounded A
+    norm = pair.b.norm(dim=0)  # which A's rows have taken from B's columns
+    inner = first.values.double() @ moment @ first.values.double().T
+    alone = gptq(pair.b / norm, inner, grid, GptqConfig()).values @ first.values
+    assert relative_error(target, product, moment) < 0.9 * relative_error(target, alone, moment)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_pairs_b_is_fitted_to_the_rounded_a(given: bool) -> None:
+    """B = argmin ||(T - B Q(A)) H^1/2||, T the target or B A, and rounded in its own metric."""
+    weight, moment = correlated(48, 64)
+    generator = torch.Generator().manual_seed(3)
+    pair = FactorPair(torch.randn(16, 64, generator=generator), weight[:, :16].contiguous())
+    target = None
+    if given:
+        noise = torch.randn(48, 64, generator=generator, dtype=torch.float64)
+        target = weight.double() + 0.1 * noise
+    grid_a, grid_b = NBitsGrid(4, 16, True), NBitsGrid(8, 16, True)
+    first, second = gptq_pair(pair, moment, grid_a, grid_b, GptqConfig(), target)
+    root = torch.linalg.cholesky(moment)
+    seen = first.values.double() @ root
+    aim = (pair.b.double() @ pair.a.double() if target is None else target) @ root
+    best = torch.linalg.lstsq(seen.T, aim.T).solution.T
+    expected = gptq(best.float(), seen @ seen.T, grid_b, GptqConfig())
+    # all codes of a row, but where a tie is broken the other way
+    same = (second.codes == expected.codes).all(dim=1)
+    assert float(same.float().mean()) > 0.95
+    assert torch.allclose(second.values, expected.values, atol=1.01 * float(best.abs().max() / 127))
+    # another B than the pair's own in the scale of A's rows
+    own = pair.b / pair.b.norm(dim=0)
+    assert float((best.float() - own).abs().max()) > 3 * float(best.abs().max() / 127)
 
 
 def test_a_pairs_b_is_fitted_to_another_target_than_its_own_product() -> None:

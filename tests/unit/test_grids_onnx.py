@@ -88,23 +88,64 @@ def test_packing_is_undone_by_unpacking(grid: NBitsGrid, shape: tuple[int, int],
 
 @settings(max_examples=60, deadline=None)
 @given(grid=grids, shape=shapes, seed=st.integers(0, 1000))
-def test_error_is_at_most_a_step(grid: NBitsGrid, shape: tuple[int, int], seed: int) -> None:
+def test_every_value_gets_the_nearest_point_of_its_block(
+    grid: NBitsGrid, shape: tuple[int, int], seed: int
+) -> None:
     weight = random_weight(shape, seed)
     tensor = quantize(weight, grid)
+    found = dequantize(tensor)
     steps = np.repeat(np.abs(tensor.scales), grid.block_size, axis=1)[:, : shape[1]]
     # Half a step from rounding; the end that has one point less, or the rounded zero, costs more.
-    assert (np.abs(dequantize(tensor) - weight) <= steps * 1.001 + 1e-6).all()
+    assert (np.abs(found - weight) <= steps * 1.001 + 1e-6).all()
+    levels = np.arange(grid.levels) - tensor.zeros[..., None].astype(np.float64)
+    points = levels * tensor.scales[..., None]
+    for column in range(shape[1]):
+        own = points[:, column // grid.block_size]
+        best = np.abs(own - weight[:, column, None]).min(axis=1)
+        gap = np.abs(found[:, column] - weight[:, column])
+        assert (gap <= best * (1 + 1e-5) + 1e-6).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(grid=grids, shape=shapes, seed=st.integers(0, 1000))
+def test_the_points_span_the_values_of_a_block(
+    grid: NBitsGrid, shape: tuple[int, int], seed: int
+) -> None:
+    weight = random_weight(shape, seed)
+    tensor = quantize(weight, grid)
+    for block, start in enumerate(range(0, shape[1], grid.block_size)):
+        values = weight[:, start : start + grid.block_size]
+        scales, zeros = tensor.scales[:, block], tensor.zeros[:, block]
+        if grid.symmetric:  # the largest value is the end that has one point more
+            peak = np.take_along_axis(values, np.abs(values).argmax(axis=1)[:, None], axis=1)[:, 0]
+            assert np.allclose(scales * -(grid.levels // 2), peak, rtol=1e-6)
+            assert (zeros == grid.levels // 2).all()
+        else:  # zero is a point, and the ends are but for its rounding; padding is zero too
+            low, high = values.min(axis=1).clip(max=0), values.max(axis=1).clip(min=0)
+            assert np.allclose(scales * (grid.levels - 1), high - low, rtol=1e-6)
+            assert (np.abs(zeros + low / scales) <= 0.5 + 1e-4).all()
 
 
 @settings(max_examples=40, deadline=None)
-@given(grid=grids, shape=shapes, seed=st.integers(0, 1000))
+@given(grid=grids.filter(lambda grid: grid.symmetric), shape=shapes, seed=st.integers(0, 1000))
 def test_points_of_the_grid_stay_where_they_are(
     grid: NBitsGrid, shape: tuple[int, int], seed: int
 ) -> None:
+    """Not so on asymmetric grids: a block's range may shrink by the rounded zero point."""
     once = dequantize(quantize(random_weight(shape, seed), grid))
-    if not grid.symmetric:  # the range of an asymmetric block may shrink by the rounded zero point
-        return
     assert np.allclose(dequantize(quantize(once, grid)), once, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_of_a_large_weight_are_rounded_each_by_itself(symmetric: bool) -> None:
+    """A weight of more than 2^22 values is worked on in parts."""
+    weight, grid = random_weight((9, 1 << 19), 1), NBitsGrid(4, 32, symmetric)
+    whole = quantize(weight, grid)
+    for row in range(9):
+        alone = quantize(weight[row : row + 1], grid)
+        assert np.array_equal(whole.codes[row], alone.codes[0])
+        assert np.array_equal(whole.scales[row], alone.scales[0])
+        assert np.array_equal(whole.zeros[row], alone.zeros[0])
 
 
 @given(bits=st.sampled_from([2, 4, 8]), count=st.integers(1, 40), seed=st.integers(0, 100))

@@ -11,11 +11,11 @@ import torch
 
 from svdexport.core.alternate import alternate, least_squares, pair_loss
 from svdexport.recipe.refiners import Als, Lora, SequentialLs
-from svdexport.refine import REFINERS, training
+from svdexport.refine import REFINERS, sequential_ls, training
 from svdexport.refine.base import Moments
 from svdexport.refine.pairs import balance_pairs, pair_tensors
 from tests.unit.refine_models import data
-from tests.unit.test_distill import mean_divergence
+from tests.unit.test_distill import add_biases, mean_divergence, slow_divergence
 
 
 def positive(size: int, rows: int) -> torch.Tensor:
@@ -77,31 +77,41 @@ def test_least_squares_with_a_pull_towards_what_was() -> None:
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_als_lowers_the_error_in_the_metric(gradients: bool, tmp_path: Path) -> None:
+    """Of every group, and the note says by how much that of all together."""
     given = data(tmp_path, gradients=gradients)
     module, groups = given.student.module, given.groups
     before = pair_tensors(module, groups)
     found = REFINERS["als"].refine(given, Als(iterations=3))
     assert set(found.tensors) == set(before)
+    sums = [0.0, 0.0]
     for moments in given.moments():
         for leader, members in groups.items():
             if leader not in moments.inputs:
                 continue
             weight = torch.cat(given.teacher().weights(members)).double()
+            metric = torch.eye(len(weight), dtype=torch.float64)
+            if gradients:  # damped by a tenth of the mean eigenvalue, unless told otherwise
+                own = [moments.gradients[name].matrix for name in members]
+                added = [g + 0.1 * g.trace() / len(g) * torch.eye(len(g)).double() for g in own]
+                metric = torch.block_diag(*added)
 
             def loss(
                 tensors: dict[str, torch.Tensor],
                 leader: str = leader,
                 members: list[str] = members,
                 weight: torch.Tensor = weight,
+                metric: torch.Tensor = metric,
                 h: torch.Tensor = moments.inputs[leader].matrix,
             ) -> float:
                 b = torch.cat([tensors[f"{name}.lr_b.weight"] for name in members]).double()
                 error = weight - b @ tensors[f"{leader}.lr_a.weight"].double()
-                return float((error @ h @ error.T).trace())
+                return float((metric @ error @ h @ error.T).trace())
 
-            if not gradients:
-                assert loss(found.tensors) < loss(before)
-    assert 0 < float(found.notes[0].rpartition(" by ")[2].rstrip("%")) < 100
+            losses = loss(before), loss(found.tensors)
+            assert losses[1] < losses[0], leader
+            sums = [total + one for total, one in zip(sums, losses, strict=True)]
+    said = float(found.notes[0].rpartition(" by ")[2].rstrip("%"))
+    assert said == pytest.approx(100 * (1 - sums[1] / sums[0]), abs=0.06)  # of one decimal
 
 
 def test_als_counts_no_error_where_there_is_no_gradient(tmp_path: Path) -> None:
@@ -124,13 +134,24 @@ def test_als_counts_no_error_where_there_is_no_gradient(tmp_path: Path) -> None:
     assert notes[0] == notes[1]
 
 
-def test_sequential_least_squares_are_those_of_the_slow_formula(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ridge", "biases"), [(0.0, False), (0.0, True), (0.5, True)])
+def test_sequential_least_squares_are_those_of_the_slow_formula(
+    ridge: float, biases: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequential_ls, "BATCH_TOKENS", 80)  # 5 windows of 16, and 4 at the end
     given = data(tmp_path, rank=4)
+    if biases:
+        add_biases(given)
     module, teacher = given.student.module, given.teacher().module
-    first = mean_divergence(module, given.tokens)
+
+    def divergence() -> float:
+        with torch.no_grad():
+            return float(slow_divergence(module(given.tokens).logits, teacher(given.tokens).logits))
+
+    first = divergence()
     before = pair_tensors(module, given.groups)
-    found = REFINERS["sequential_ls"].refine(given, SequentialLs(ridge=0.0))
-    assert mean_divergence(module, given.tokens) < first
+    found = REFINERS["sequential_ls"].refine(given, SequentialLs(ridge=ridge))
+    assert divergence() < first
     # the inputs of a group depend on those before it alone, which are as they were at its turn
     caught: dict[str, torch.Tensor] = {}
     hooks = []
@@ -149,16 +170,25 @@ def test_sequential_least_squares_are_those_of_the_slow_formula(tmp_path: Path) 
     teacher(given.tokens)
     for hook in hooks:
         hook.remove()
+    squares = {"before": 0.0, "after": 0.0, "all": 0.0}
     for leader, members in given.groups.items():
         z = caught[f"{leader} x"] @ found.tensors[f"{leader}.lr_a.weight"].double().T
+        pull = (ridge * (z.T @ z).diagonal().mean()).sqrt()
+        rows = torch.cat([z, pull * torch.eye(4, dtype=torch.float64)])
         for name in members:
-            slow = torch.linalg.lstsq(z, caught[f"{name} y"]).solution.T
+            bias = teacher.get_submodule(name).bias
+            y = caught[f"{name} y"] - (0.0 if bias is None else bias.double())
+            old = before[f"{name}.lr_b.weight"].double()
+            slow = torch.linalg.lstsq(rows, torch.cat([y, pull * old.T])).solution.T
             refitted = found.tensors[f"{name}.lr_b.weight"].double()
             assert torch.allclose(refitted, slow, atol=1e-3), name
+            for when, b in (("before", old), ("after", slow), ("all", 0.0 * old)):
+                squares[when] += float((y - z @ b.T).square().sum())
     for name in before:
         assert torch.equal(found.tensors[name], before[name]) == name.endswith("lr_a.weight")
-    shares = found.notes[0].rpartition(", ")[2].split(" -> ")
-    assert float(shares[1]) < float(shares[0])
+    shares = [float(share) for share in found.notes[0].rpartition(", ")[2].split(" -> ")]
+    expected = [squares[when] / squares["all"] for when in ("before", "after")]
+    assert shares == pytest.approx(expected, abs=1e-4) and shares[1] < shares[0]
 
 
 def test_low_rank_updates_change_both_sides_one_after_the_other(tmp_path: Path) -> None:
