@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import http.server
-import importlib.util
 import socket
 import threading
 from pathlib import Path
 
 import pytest
 
+from tests.unit.tool_modules import load_tool
+
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 and later")
 
 ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("audit", ROOT / "tools" / "audit.py")
-assert spec is not None and spec.loader is not None
-audit = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(audit)
+audit = load_tool("audit.py")
 
 
 def test_it_is_skipped_by_name() -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("build", ROOT / "tools/llama_cpp/build.py")
-assert spec is not None and spec.loader is not None
-build = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(build)
+from tests.unit.tool_modules import load_tool
+
+build = load_tool("llama_cpp/build.py")
 
 
 @pytest.fixture(autouse=True)

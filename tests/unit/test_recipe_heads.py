@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 from svdexport.core.measures import Verdict
 from svdexport.recipe import load_recipe
 from tests.unit.report_example import example_result as example
+from tests.unit.tool_modules import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("figures", ROOT / "tools/benchmarks/recipes.py")
-assert spec is not None and spec.loader is not None
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_tool("benchmarks/recipes.py")
 
 
 def test_heads_take_the_figures_and_stay_recipes(tmp_path: Path) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 
 from svdexport.recipe import Recipe
+from tests.unit.tool_modules import load_tool
 
-ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("recipe_page", ROOT / "tools" / "recipe_page.py")
-assert spec is not None and spec.loader is not None
-recipe_page = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(recipe_page)
+recipe_page = load_tool("recipe_page.py")
 
 
 def test_the_page_is_up_to_date() -> None:

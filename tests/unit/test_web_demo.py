@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -14,28 +12,20 @@ from svdexport.checkpoint import Checkpoint
 from svdexport.runtimes.ort_rt import OrtRuntime
 from tests.unit.test_export_onnx import SHARED, run_export
 from tests.unit.tiny_checkpoints import compress, make_model
+from tests.unit.tool_modules import load_tool
 
 DEMO = Path(__file__).parents[2] / "tools" / "web_demo"
 MODULES = Path(os.environ.get("SVDEXPORT_NODE_MODULES", DEMO / "node_modules"))
 
 
-def _serve() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("web_demo_serve", DEMO / "serve.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_missing_libraries_are_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="npm install"):
-        _serve().libraries(tmp_path)
+        load_tool("web_demo/serve.py").libraries(tmp_path)
 
 
 @pytest.mark.slow
 def test_the_page_answers_as_onnxruntime_does(tmp_path: Path) -> None:
-    serve = _serve()
+    serve = load_tool("web_demo/serve.py")
     if not any(shutil.which(name) for name in serve.BROWSERS):
         pytest.skip("chromium is not installed")
     if not (MODULES / "onnxruntime-web").is_dir():
