@@ -16,6 +16,8 @@ from torch import Tensor
 
 from svdexport.core.grids import nearest_level
 
+_FLAT = 1e-11  # below this share of the codes' mean square, their variance is float32 rounding
+
 
 def symmetric_scale(values: Tensor, weights: Tensor, low: int, high: int) -> Tensor:
     """Signed scales s (...) such that s * clamp(round(v / s), low, high) is near v."""
@@ -90,7 +92,7 @@ def affine_scale(values: Tensor, weights: Tensor, high: int) -> tuple[Tensor, Te
         codes = ((values - floor) * (float(end) * high / safe)).round_().clamp_(0, high)
         s, m, gain = _line(codes, weights, weighted, total, first)
         error = square - gain
-        better = error < best
+        better = (error < best) & (total > 0)  # without weight, the whole span stays
         scale, minimum = torch.where(better, s, scale), torch.where(better, m, minimum)
         best = torch.where(better, error, best)
     return scale.clamp_min(0.0), minimum.clamp_min(0.0)
@@ -122,15 +124,21 @@ def affine_scale_and_zero(values: Tensor, weights: Tensor, high: int) -> tuple[T
 def _line(
     codes: Tensor, weights: Tensor, weighted: Tensor, total: Tensor, first: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted least squares of v by s * code - m with m >= 0: s, m and what it explains."""
-    wc = codes * weights
-    c1, c2 = wc.sum(dim=-1), (wc * codes).sum(dim=-1)
-    cross = (weighted * codes).sum(dim=-1)
-    det = total * c2 - c1 * c1
-    usable = det > 1e-10 * total * c2
-    safe = torch.where(usable, det, torch.ones_like(det))
-    s = torch.where(usable, (total * cross - first * c1) / safe, torch.zeros_like(det))
-    m = torch.where(usable, (c1 * cross - c2 * first) / safe, torch.zeros_like(det))
+    """Weighted least squares of v by s * code - m with m >= 0: s, m and what it explains.
+
+    About the codes' mean: where codes are nearly equal, total * sum(w c c) - sum(w c)^2 cancels.
+    """
+    safe = torch.where(total > 0, total, torch.ones_like(total))
+    mean_code, mean_value = (codes * weights).sum(dim=-1) / safe, first / safe
+    offset = codes - mean_code[..., None]
+    weighted_offset = offset * weights
+    spread = (weighted_offset * offset).sum(dim=-1)
+    rise = (weighted * offset).sum(dim=-1)
+    rise = rise - mean_value * weighted_offset.sum(dim=-1)  # 0 but for the mean code's rounding
+    c2, cross = spread + total * mean_code.square(), rise + first * mean_code
+    usable = spread > _FLAT * c2
+    s = torch.where(usable, rise / torch.where(usable, spread, torch.ones_like(spread)), 0.0)
+    m = torch.where(usable, s * mean_code - mean_value, 0.0)
     only = torch.where(c2 > 0, cross / c2.clamp_min(1e-38), torch.zeros_like(c2))
     s = torch.where(~usable | (m < 0), only, s)
     m = torch.where(m < 0, torch.zeros_like(m), m)

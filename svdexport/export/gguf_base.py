@@ -107,8 +107,13 @@ def convert(source: Path, out: Path, outtype: str, through: Path | None = None) 
 
 
 def converter() -> Path:
-    """``convert_hf_to_gguf.py`` as installed beside the llama.cpp runtime."""
+    """``convert_hf_to_gguf.py`` as installed beside the llama.cpp runtime, or the user's own."""
     if path := os.environ.get(CONVERTER_VARIABLE):
+        if not Path(path).is_file():
+            raise InputError(
+                f"{CONVERTER_VARIABLE}: {path} is not a file; set it to the path of llama.cpp's "
+                "convert_hf_to_gguf.py, or unset it"
+            )
         return Path(path)
     try:
         import llama_cpp

@@ -74,7 +74,8 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "BF16":
         import torch
 
-        cast = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+        # Rows of an F32 file are views of its read-only map, which torch takes with a warning.
+        cast = torch.from_numpy(np.require(values, requirements=["C", "W"])).to(torch.bfloat16)
         return cast.to(torch.float32).numpy()
     return values
 

@@ -145,6 +145,25 @@ def test_a_folder_made_from_the_file_is_found_as_it_was_rounded(tmp_path: Path, 
     assert found(tmp_path, file, {name: rounded}) == {}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_rows_that_cannot_be_written_are_rounded_without_a_warning(
+    tmp_path: Path, dtype: str
+) -> None:
+    """Those of an F32 file are views of its map. torch warns of them once a process, if at all."""
+    path = TinyModel("llama", {}, {"blk.0.ffn_up.weight": matrix(0)}).write(tmp_path / "base.gguf")
+    rows = GgufFile(path).rows("blk.0.ffn_up.weight")
+    assert not rows.flags.writeable
+    warns_always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        found = gguf_match.rounded(rows, dtype)
+    finally:
+        torch.set_warn_always(warns_always)
+    kind = {"F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    assert np.array_equal(found, torch.from_numpy(matrix(0)).to(kind).float().numpy())
+
+
 def test_chunks_do_not_change_the_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values, experts = matrix(0, 21), np.stack([matrix(1), matrix(2)])
     file = {"blk.0.ffn_up.weight": values[::-1], "blk.0.ffn_up_exps.weight": experts}

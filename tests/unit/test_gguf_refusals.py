@@ -57,31 +57,50 @@ def test_without_a_converter_the_user_is_told_how_to_get_one(
         expected = r"convert_hf_to_gguf\.py: missing; .* stock build .*make setup.*GGUF_CONVERTER"
         with pytest.raises(InputError, match=expected):
             gguf_base.converter()
-        patch.setenv(gguf_base.CONVERTER_VARIABLE, str(tmp_path / "own.py"))
-        assert gguf_base.converter() == tmp_path / "own.py"
+        own = tmp_path / "own.py"
+        own.touch()
+        patch.setenv(gguf_base.CONVERTER_VARIABLE, str(own))
+        assert gguf_base.converter() == own
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(MissingExtraError, match="gguf"):
         gguf_base.converter()
 
 
+@pytest.mark.parametrize("folder", [False, True], ids=["missing", "folder"])
+def test_a_named_converter_that_is_no_file_is_refused_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool
+) -> None:
+    """The model is not to blame, and nothing is left behind."""
+    make_model(tmp_path / "model", "llama")
+    own = tmp_path / "own.py"
+    if folder:
+        own.mkdir()
+    monkeypatch.setenv(gguf_base.CONVERTER_VARIABLE, str(own))
+    with pytest.raises(InputError) as caught:
+        gguf_base.prepare(tmp_path / "model", None, tmp_path / "work")
+    assert str(caught.value) == (
+        f"SVDEXPORT_GGUF_CONVERTER: {own} is not a file; set it to the path of llama.cpp's "
+        "convert_hf_to_gguf.py, or unset it"
+    )
+    assert list((tmp_path / "work").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        (None, "own.py"),
         ("", "refuses this model: no message"),
         ("import sys\nprint('# ---', file=sys.stderr)\nsys.exit('Nothing for it')", "Nothing for"),
         ("raise KeyError('odd')", "KeyError: 'odd'"),
     ],
-    ids=["missing", "silent", "says why", "breaks"],
+    ids=["silent", "says why", "breaks"],
 )
 def test_a_converter_that_writes_nothing_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, words: str
 ) -> None:
     """One that the user names in SVDEXPORT_GGUF_CONVERTER."""
     make_model(tmp_path / "model", "llama")
     own = tmp_path / "own.py"
-    if script is not None:
-        own.write_text(script)
+    own.write_text(script)
     monkeypatch.setenv(gguf_base.CONVERTER_VARIABLE, str(own))
     with pytest.raises(InputError) as caught:
         gguf_base.prepare(tmp_path / "model", None, tmp_path / "work")

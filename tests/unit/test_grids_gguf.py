@@ -95,6 +95,23 @@ def test_search_is_not_worse_than_ggml_with_the_same_importance(name: str) -> No
     assert error(ours) <= 1.002 * error(torch.from_numpy(theirs))
 
 
+@pytest.mark.parametrize("heavy", [0.0, 100.0])
+@pytest.mark.parametrize(
+    # a half-precision scale rounds by up to 0.05 %, the integer scales of parts by more
+    ("name", "most"),
+    [("Q5_1", 0.0005), ("Q2_K", 0.0005), ("Q4_K", 0.013), ("Q5_K", 0.006)],
+)
+def test_constant_positive_rows_of_uneven_importance_are_met(
+    name: str, most: float, heavy: float
+) -> None:
+    weight = random_weight(300, 1).exp().expand(300, 512).contiguous()
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(3)) ** 2 + 0.01
+    if heavy:
+        importance[::32] = heavy
+    steps = GRIDS[name].steps(GRIDS[name].search(weight, importance))
+    assert float((steps.values(steps.codes(weight)) / weight - 1.0).abs().max()) <= most
+
+
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
 def test_what_no_scale_holds_is_refused(name: str, bad: float) -> None:
@@ -104,8 +121,29 @@ def test_what_no_scale_holds_is_refused(name: str, bad: float) -> None:
         GRIDS[name].search(weight, torch.ones(256))
 
 
-def test_columns_without_importance_still_get_a_scale() -> None:
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("Q4_0", 0.2), ("Q5_1", 0.057), ("Q2_K", 0.49), ("Q4_K", 0.117), ("Q5_K", 0.057)],
+)
+def test_columns_without_importance_still_get_a_scale(name: str, most: float) -> None:
     weight = random_weight(3, 256)
-    grid = GRIDS["Q4_0"]
+    grid = GRIDS[name]
     steps = grid.steps(grid.search(weight, torch.zeros(256)))
-    assert (steps.values(steps.codes(weight)) - weight).norm() < 0.2 * weight.norm()
+    assert (steps.values(steps.codes(weight)) - weight).norm() < most * weight.norm()
+
+
+@pytest.mark.parametrize("name", [name for name in TYPES if GRIDS[name].affine])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_a_part_without_importance_is_stored_as_well_as_ggml_stores_it(
+    name: str, scale: float
+) -> None:
+    weight, grid = random_weight(64, 512, 1), GRIDS[name]
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(3)) ** 2 + 0.01
+    importance[32:64] = 0.0
+    weight[:, 32:64] *= scale
+    steps = grid.steps(grid.search(weight, importance))
+    ours = steps.values(steps.codes(weight))
+    theirs = read(name, torch.from_numpy(ggml_quantize(weight.numpy(), name, importance.numpy())))
+    part = slice(32, 64)
+    found, known = ((values - weight.numpy())[:, part] for values in (ours.numpy(), theirs))
+    assert np.linalg.norm(found) <= 1.002 * np.linalg.norm(known)

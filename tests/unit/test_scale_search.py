@@ -228,12 +228,70 @@ def test_a_line_through_one_code_or_without_weight() -> None:
     assert line(torch.arange(3.0), zero, torch.tensor([1.0, 0.0, 1.0])) == (0.0, 0.0, 0.0)
 
 
+HEAVY = [0.0, 1e2, 1e4]
+
+
+def uneven(heavy: float) -> tuple[Tensor, Tensor]:
+    """4000 positive values (4000, 1) and uneven weights (4000, SIZE), one of which may be heavy."""
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randn(4000, 1, generator=generator).abs() + 0.5
+    weights = torch.rand(4000, SIZE, generator=generator).square() + 0.01
+    if heavy:
+        weights[:, 0] = heavy
+    return values, weights
+
+
+@pytest.mark.parametrize("heavy", HEAVY)
+def test_rounding_makes_no_slope_of_equal_codes(heavy: float) -> None:
+    values, weights = uneven(heavy)
+    weighted = values * weights
+    for code in range(1, 32):
+        codes = torch.full_like(weights, float(code))
+        scale, minimum, _ = _line(codes, weights, weighted, weights.sum(-1), weighted.sum(-1))
+        assert minimum.count_nonzero() == 0
+        assert torch.allclose(code * scale, values[:, 0], rtol=9e-7, atol=0.0)  # measured: 6e-7
+
+
+@pytest.mark.parametrize("heavy", HEAVY)
+@pytest.mark.parametrize("high", [3, 15, 31])
+def test_constant_positive_blocks_of_uneven_weight_are_met(high: int, heavy: float) -> None:
+    values, weights = uneven(heavy)
+    scale, minimum = affine_scale(values.expand_as(weights), weights, high)
+    points = scale[:, None] * torch.arange(high + 1) - minimum[:, None]
+    gap = (points / values - 1.0).abs().amin(dim=-1)
+    assert float(gap.max()) < 9e-7  # measured: 6e-7
+
+
+@pytest.mark.parametrize("spread", [0.001, 0.03, 0.1])
+@pytest.mark.parametrize(("heavy", "most"), [(0.0, 0.0015), (1e2, 0.0015), (1e4, 0.16)])
+@pytest.mark.parametrize("high", [3, 15, 31])
+def test_nearly_constant_blocks_are_searched_as_in_float64(
+    high: int, heavy: float, most: float, spread: float
+) -> None:
+    """Measured: 0.1 % more error, and 11 % beside a weight of 10,000."""
+    values, weights = uneven(heavy)
+    noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(6))
+    values, codes = values * (1.0 + spread * noise), torch.arange(high + 1)
+    single, double = (
+        error_at(values, weights, scale[:, None] * codes - minimum[:, None])
+        for scale, minimum in (
+            affine_scale(values, weights, high),
+            affine_scale(values.double(), weights.double(), high),
+        )
+    )
+    assert excess(single, double) < most
+
+
 def test_blocks_without_weight_or_without_values() -> None:
     """No column matters: the largest value at the end of the range. No value: a scale of 0."""
     values, none = example("normal")[0], torch.zeros(SIZE)
     peak = values.gather(1, values.abs().argmax(dim=1, keepdim=True))[:, 0]
     assert torch.allclose(symmetric_scale(values, none, -8, 7), peak / -8)
     assert torch.allclose(level_scale(values, none, LEVELS), peak / -127)
+    for high in (3, 15, 31):
+        scale, minimum = affine_scale(values, none, high)
+        assert torch.allclose(scale, (values.amax(dim=1) - values.amin(dim=1)) / high)
+        assert torch.equal(minimum, -values.amin(dim=1))
     scale, zero = affine_scale_and_zero(values, none, 15)
     span = values.amax(dim=1) - values.amin(dim=1)
     assert torch.allclose(scale, span / 15)
