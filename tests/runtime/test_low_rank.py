@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from tests.runtime import models
+from tests.runtime import models, session
 from tests.runtime.models import (
     TinyModel,
     as_fused_pairs,
@@ -23,6 +24,8 @@ from tests.runtime.session import TOKENS, RefusedError, logits, opened, supports
 
 # F32 arithmetic in another order: the largest difference relative to the logits' standard deviation
 TOLERANCE = 2e-5
+
+WARNING = 3  # GGML_LOG_LEVEL_WARN
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -258,6 +261,12 @@ def refusal(tmp_path: Path, model: TinyModel) -> str:
     return str(caught.value)
 
 
+def error_line(message: str) -> str:
+    """The one line in which llama.cpp says why it does not load a file."""
+    (line,) = (line for line in message.splitlines() if "error loading model" in line)
+    return line
+
+
 BAD_SHAPES: dict[str, tuple[str, tuple[slice, slice]]] = {
     "A takes too few inputs": ("blk.1.ffn_down.lr_a.weight", (slice(None), slice(0, -8))),
     "B gives too few outputs": ("blk.1.ffn_down.lr_b.weight", (slice(0, -8), slice(None))),
@@ -326,6 +335,111 @@ def test_missing_b_is_refused_by_name(
     assert "tensor 'blk.1.ffn_down.lr_b.weight' not found" in refusal(tmp_path, model)
 
 
+LONE_A: dict[str, tuple[Callable[[TinyModel], TinyModel], tuple[str, ...], tuple[str, ...]]] = {
+    "of a group, B of one member missing": (
+        as_shared_pairs,
+        ("blk.0.attn_k.lr_b.weight",),
+        ("blk.0.attn_k.weight", "blk.0.attn_k.lr_b.weight"),
+    ),
+    "of gate and up, their B missing": (
+        as_fused_pairs,
+        ("blk.1.ffn_gate_up.lr_b.weight",),
+        ("blk.1.ffn_gate.weight", "blk.1.ffn_gate.lr_b.weight", "blk.1.ffn_gate_up.lr_b.weight"),
+    ),
+    "of a group, all else missing": (
+        as_shared_pairs,
+        tuple(f"blk.0.attn_{x}.lr_b.weight" for x in "qkv"),
+        ("blk.0.attn_q.weight", "blk.0.attn_q.lr_b.weight", "blk.0.attn_qkv.lr_b.weight"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("form", "missing", "named"), LONE_A.values(), ids=LONE_A.keys())
+def test_a_without_its_b_is_refused_with_the_names_of_what_is_missing(
+    tmp_path: Path,
+    form: Callable[[TinyModel], TinyModel],
+    missing: tuple[str, ...],
+    named: tuple[str, ...],
+) -> None:
+    model = form(decoder())
+    for name in missing:
+        del model.tensors[name]
+    line = error_line(refusal(tmp_path, model))
+    assert line.endswith("found")
+    assert all(f"'{name}'" in line for name in named)
+
+
+def test_factor_alone_beside_dense_weights_is_refused_with_the_name_of_the_other(
+    tmp_path: Path,
+) -> None:
+    model = decoder()
+    for lone, other in ("ab", "ba"):
+        name, missing = (f"blk.0.ffn_other.lr_{x}.weight" for x in (lone, other))
+        alone = model.tensors | {name: np.ones((8, 8))}
+        line = error_line(refusal(tmp_path, model.with_tensors(alone)))
+        assert f"'{name}'" in line and f"there is no '{missing}'" in line
+    shared = model.tensors | {"blk.1.attn_qkv.lr_a.weight": np.ones((8, models.WIDTH))}
+    line = error_line(refusal(tmp_path, model.with_tensors(shared)))
+    assert "'blk.1.attn_qkv.lr_a.weight'" in line
+    assert "there is no 'blk.1.attn_qkv.lr_b.weight'" in line
+
+
+VERSION = "svdexport.low_rank.version"
+
+
+def write_with(monkeypatch: pytest.MonkeyPatch, add: str, key: str, value: object) -> None:
+    """Files written from now on have one entry of metadata more."""
+
+    class Writer(gguf.GGUFWriter):
+        def write_header_to_file(self, path: Path | None = None) -> None:
+            getattr(self, add)(key, value)
+            super().write_header_to_file(path)
+
+    monkeypatch.setattr(models.gguf, "GGUFWriter", Writer)
+
+
+def test_version_1_is_what_a_file_without_a_version_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = as_shared_pairs(decoder())
+    want = logits(model.write(tmp_path / "without.gguf"))
+    write_with(monkeypatch, "add_uint32", VERSION, 1)
+    path = model.write(tmp_path / "version1.gguf")
+    assert gguf.GGUFReader(path).fields[VERSION].contents() == 1
+    np.testing.assert_array_equal(logits(path), want)
+
+
+@pytest.mark.parametrize("version", [0, 2, 2**32 - 1])
+@pytest.mark.parametrize("form", [as_pairs, as_fused_pairs, as_residual])
+def test_another_version_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: int,
+    form: Callable[[TinyModel], TinyModel],
+) -> None:
+    write_with(monkeypatch, "add_uint32", VERSION, version)
+    line = error_line(refusal(tmp_path, form(decoder())))
+    assert f"low-rank factors of version {version} are not supported" in line
+
+
+def test_another_version_is_refused_before_its_tensors_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_with(monkeypatch, "add_uint32", VERSION, 2)
+    model = as_pairs(decoder())
+    name = "blk.0.attn_q.lr_b.weight"
+    model.tensors[name] = model.tensors[name][:-8]
+    assert "low-rank factors of version 2" in error_line(refusal(tmp_path, model))
+
+
+def test_version_of_another_type_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_with(monkeypatch, "add_string", VERSION, "1")
+    line = error_line(refusal(tmp_path, as_pairs(decoder())))
+    assert f"{VERSION} has wrong type str" in line
+
+
 def test_pair_of_the_embedding_is_refused_by_name(tmp_path: Path) -> None:
     """It is read row by row, not multiplied by; where it is tied, the head is the same tensor."""
     model = decoder()
@@ -370,3 +484,35 @@ def test_other_weights_of_that_architecture_may_be_pairs(tmp_path: Path) -> None
         tensors |= {f"{stem}.lr_a.weight": a, f"{stem}.lr_b.weight": b}
     dense = logits(model.write(tmp_path / "dense.gguf"))
     assert_close(logits(model.with_tensors(tensors).write(tmp_path / "pairs.gguf")), dense)
+
+
+def test_check_that_cannot_be_made_at_load_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft model without a head of its own gets no context without its target's."""
+    shapes = {
+        **dict.fromkeys(("attn_norm", "attn_norm_2", "ffn_norm"), (128,)),
+        **dict.fromkeys(("attn_k", "attn_v"), (64, 256)),
+        **{"attn_q.lr_a": (32, 256), "attn_q.lr_b": (128, 32), "attn_output": (128, 128)},
+        **{"ffn_gate": (192, 128), "ffn_up": (192, 128), "ffn_down": (128, 192)},
+    }
+    tensors = {f"blk.0.{name}.weight": np.ones(shape) for name, shape in shapes.items()}
+    tensors |= {"fc.weight": np.ones((128, 3 * 128)), "output_norm.weight": np.ones(128)}
+    metadata = decoder().metadata | {"block_count": 1, "target_hidden_size": 128}
+    write_with(monkeypatch, "add_array", "eagle3.target_layers", [0, 1, 2])
+    path = TinyModel("eagle3", metadata, tensors).write(tmp_path / "draft.gguf")
+
+    logged: list[tuple[int, str]] = []
+
+    @llama_cpp.llama_log_callback
+    def collect(level: int, text: bytes, _data: object) -> None:
+        logged.append((level, text.decode(errors="replace")))
+
+    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
+    params = llama_cpp.llama_model_default_params()
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    llama_cpp.llama_log_set(session._collect, ctypes.c_void_p(0))
+    assert model, logged
+    llama_cpp.llama_model_free(model)
+    levels = [level for level, text in logged if "not checked whether the architecture" in text]
+    assert levels == [WARNING]
