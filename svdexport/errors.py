@@ -19,7 +19,7 @@ class SvdexportError(Exception):
 
 
 class RecipeError(SvdexportError):
-    """A wrong recipe, option or output place: nothing was run or written."""
+    """A wrong recipe, option or output place, or a budget that the model cannot meet."""
 
     exit_code = EXIT_USAGE
 
