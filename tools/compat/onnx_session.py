@@ -7,7 +7,6 @@ Needs nothing but `pip install onnxruntime tokenizers numpy`:
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -29,10 +28,8 @@ def main() -> None:
         str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
     )
     inputs = {value.name: value for value in session.get_inputs()}
-    config = json.loads((folder / "config.json").read_text())
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     past = {
-        name: np.zeros((1, value.shape[1], 0, width), TYPES[value.type])
+        name: np.zeros((1, value.shape[1], 0, value.shape[3]), TYPES[value.type])
         for name, value in inputs.items()
         if name.startswith("past_key_values.")
     }
