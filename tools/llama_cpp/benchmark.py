@@ -4,7 +4,9 @@ Writes a Llama with random weights (speed does not depend on their values) dense
 llama.cpp quantise both, and times prefill and decode in turn, round by round, in one process.
 Prints for each type the speedup and the efficiency = speedup / (dense bytes / low-rank bytes), by
 the bytes of the files ("eff.") and by those that a token reads ("read"): of an embedding that is
-not the head too, it reads one row.
+not the head too, it reads one row. "meet" is what it costs that the threads wait for each other
+after an operation, in microseconds, median and range over the rounds: the same two cores of a
+server can be near each other in one minute and far in the next, and pairs have more operations.
 
     python tools/llama_cpp/benchmark.py --types F16,Q8_0 --threads 2 --rounds 9
 
@@ -193,6 +195,45 @@ class Model:
         return middle - start, self.clock() - middle
 
 
+class Meeting:
+    """What an operation costs that has nothing to do but to let the threads meet after it."""
+
+    NODES = 2000
+
+    class _Memory(ctypes.Structure):
+        _fields_ = (
+            ("size", ctypes.c_size_t),
+            ("buffer", ctypes.c_void_p),
+            ("no_alloc", ctypes.c_bool),
+        )
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        ggml = self.ggml = llama_cpp.llama_cpp._lib
+        ggml.ggml_init.argtypes = [self._Memory]
+        for name in ("ggml_init", "ggml_new_tensor_1d", "ggml_add", "ggml_new_graph_custom"):
+            getattr(ggml, name).restype = ctypes.c_void_p
+        self.context = ctypes.c_void_p(ggml.ggml_init(self._Memory(1 << 22, None, False)))
+        f32, new = 0, ggml.ggml_new_tensor_1d
+        one = ctypes.c_void_p(new(self.context, f32, ctypes.c_int64(1)))
+        last = one
+        for _ in range(self.NODES):
+            last = ctypes.c_void_p(ggml.ggml_add(self.context, last, one))
+        size = ctypes.c_size_t(2 * self.NODES)
+        self.graph = ctypes.c_void_p(ggml.ggml_new_graph_custom(self.context, size, False))
+        ggml.ggml_build_forward_expand(self.graph, last)
+        self.microseconds()  # starts the threads
+
+    def microseconds(self) -> float:
+        start = time.perf_counter()
+        if self.ggml.ggml_graph_compute_with_ctx(self.context, self.graph, self.threads):
+            raise SystemExit("ggml cannot compute a graph of additions")
+        return (time.perf_counter() - start) / self.NODES * 1e6
+
+    def close(self) -> None:
+        self.ggml.ggml_free(self.context)
+
+
 def interval(ratios: list[float]) -> tuple[float, float, float]:
     """Median and its 95 % bootstrap interval."""
     rng = np.random.default_rng(0)
@@ -201,16 +242,21 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
     return statistics.median(ratios), float(low), float(high)
 
 
-def compare(dense: Model, pairs: Model, rounds: int, prompt: int, steps: int) -> dict[str, object]:
+def compare(
+    dense: Model, pairs: Model, threads: int, rounds: int, prompt: int, steps: int
+) -> dict[str, object]:
     for model in (dense, pairs):
         model.time(prompt, 4)
-    times = []
+    times, meets = [], []
+    meeting = Meeting(threads)
     for i in range(rounds):  # neither always has the caches as the other leaves them
         order = (dense, pairs) if i % 2 == 0 else (pairs, dense)
         taken = {id(model): model.time(prompt, steps) for model in order}
         times.append((taken[id(dense)], taken[id(pairs)]))
+        meets.append(meeting.microseconds())
+    meeting.close()
     shrink, read = dense.bytes / pairs.bytes, dense.read / pairs.read
-    result: dict[str, object] = {"bytes_ratio": shrink, "read_ratio": read}
+    result: dict[str, object] = {"bytes_ratio": shrink, "read_ratio": read, "meet": meets}
     for i, what in enumerate(("prefill", "decode")):
         median, low, high = interval([d[i] / p[i] for d, p in times])
         best = min(d[i] for d, _ in times) / min(p[i] for _, p in times)
@@ -262,7 +308,8 @@ def main() -> int:
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     results: dict[str, object] = {}
     print(f"{args.shape}, kept {args.kept}, {args.threads} threads, {args.clock} time")
-    print("type   bytes read   prefill [95 %]        eff. read  decode  [95 %]        eff. read")
+    head = "type   bytes read   prefill [95 %]        eff. read  decode  [95 %]        eff. read"
+    print(f"{head}  meet")
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
@@ -279,7 +326,7 @@ def main() -> int:
                 made = source if kind == "F16" else source.with_suffix(f".{kind}.gguf")
                 made = made if made.exists() else quantise(source, kind)
                 models.append(Model(made, args.threads, clock))
-            result = compare(models[0], models[1], args.rounds, args.prompt, args.steps)
+            result = compare(*models, args.threads, args.rounds, args.prompt, args.steps)
             results[kind] = result
             for model in models:
                 model.close()
@@ -289,7 +336,10 @@ def main() -> int:
                 assert isinstance(r, dict)
                 speed = f"{r['speedup']:.2f}x  [{r['low']:.2f}, {r['high']:.2f}]"
                 line += f"  {speed}  {r['efficiency']:.2f} {r['efficiency_of_read']:.2f}"
-            print(line, flush=True)
+            meets = result["meet"]
+            assert isinstance(meets, list)
+            middle = statistics.median(meets)
+            print(f"{line}  {middle:.2f} ({min(meets):.2f} to {max(meets):.2f})", flush=True)
     if args.json:
         args.json.write_text(json.dumps(results))
     return 0
