@@ -76,12 +76,13 @@ KINDS = ["F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K_S", "Q6_K", "Q2_K", "IQ4_N
 
 
 @pytest.mark.parametrize("kind", ["ALL_F32", *(f"MOSTLY_{kind}" for kind in KINDS)])
-@pytest.mark.parametrize(("threads", "length"), [(1, 24), (3, 51), (2, 300)])
+@pytest.mark.parametrize(("threads", "length"), [(1, 24), (3, 51), (2, 300), (16, 24)])
 def test_quantised_dense_file_is_bit_for_bit_the_same(
     tmp_path: Path, stock: Path, kind: str, threads: int, length: int
 ) -> None:
     """Rows enough for several pieces of a product, in a number that no piece divides; prompts of
-    20 and 47 tokens, whose tiles are of one width and of two, and of 296, in several blocks."""
+    20 and 47 tokens, whose tiles are of one width and of two, and of 296, in several blocks. More
+    threads than cores: those that run take the rows of those that wait."""
     source = decoder(width=512, hidden=768, vocab=1048).write(tmp_path / "source.gguf")
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{kind}")
